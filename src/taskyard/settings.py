@@ -1,0 +1,153 @@
+"""Settings: environment variables with the prefix TASKYARD_, `.env`, and TOML, one model per area.
+
+Order, first wins: environment, `.env`, `taskyard.toml` in the data folder (or the file named by
+TASKYARD_CONFIG), defaults. Areas nest by a double underscore: TASKYARD_RUNS__AGENT_SILENCE_S=600.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+class Area(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSettings(Area):
+    """How runs live and end. Times in seconds."""
+
+    background_end: Literal["turn", "inactivity"] = "turn"
+    """When a background run completes: after its turn and published work, or only by inactivity."""
+    agent_silence_s: float = Field(1200, gt=0)
+    """A turn without any message of the agent for this long has failed (`agent_silent`)."""
+    inactivity_s: float = Field(1800, gt=0)
+    """A run without work or messages for this long completes."""
+    start_s: float = Field(120, gt=0)
+    """Limit for each step of the agent's start: spawn, handshake, session."""
+    wall_clock_s: float = Field(6 * 3600, gt=0)
+    """Hard limit for one run."""
+
+
+class SandboxSettings(Area):
+    """Limits of one sandbox."""
+
+    provider: Literal["bubblewrap"] = "bubblewrap"
+    uid_range: str = "230000-295535"
+    """Host uids for sandboxes, one per run, `first-last`; used only when the server runs as root."""
+    memory_mb: int = Field(16_384, gt=0)
+    pids: int = Field(2048, gt=0)
+    cpus: float = Field(4.0, gt=0)
+    tmp_mb: int = Field(1024, gt=0)
+    """Size of the sandbox's own temporary folder (memory)."""
+
+
+class Upstream(Area):
+    """One model API. The key stays on the host; the gateway adds it to each request."""
+
+    base_url: str
+    api_key: SecretStr | None = None
+    api_key_file: Path | None = None
+
+    def key(self, fallback_env: str) -> str | None:
+        """The key from the settings, its file, or the vendor's usual environment variable."""
+        if self.api_key is not None:
+            return self.api_key.get_secret_value()
+        if self.api_key_file is not None:
+            return self.api_key_file.read_text("utf-8").strip()
+        return os.environ.get(fallback_env) or None
+
+
+class ModelSettings(Area):
+    """Where model traffic goes."""
+
+    anthropic: Upstream = Upstream(base_url="https://api.anthropic.com")
+    openai: Upstream = Upstream(base_url="https://api.openai.com")
+
+
+class AgentSettings(Area):
+    """Override or definition of one agent adapter; unset fields keep the built-in adapter's value."""
+
+    command: list[str] | None = None
+    env: dict[str, str] = {}
+    model: str | None = None
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+
+class RateLimitSettings(Area):
+    enabled: bool = True
+    per_minute: int = Field(480, gt=0)
+    per_hour: int = Field(4800, gt=0)
+
+
+class WorkerSettings(Area):
+    concurrency: int = Field(8, gt=0)
+    """Runs that one worker drives at once; more wait in the queue."""
+    drain_s: float = Field(10, ge=0)
+    """How long a stopping worker lets live runs finish."""
+
+
+class Settings(BaseSettings):
+    """All settings of one process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TASKYARD_",
+        env_nested_delimiter="__",
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+    )
+
+    data_dir: Path = Field(default_factory=lambda: default_data_dir())
+    database_url: SecretStr | None = None
+    base_url: str | None = None
+    """Absolute URL under which clients reach the server; default: what the request says."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
+    runs: RunSettings = RunSettings()
+    sandbox: SandboxSettings = SandboxSettings()
+    models: ModelSettings = ModelSettings()
+    agents: dict[str, AgentSettings] = {}
+    rate_limits: RateLimitSettings = RateLimitSettings()
+    worker: WorkerSettings = WorkerSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, toml_file=config_file())
+        return (init_settings, env_settings, dotenv_settings, toml)
+
+
+def default_data_dir() -> Path:
+    """`/var/lib/taskyard` for root, the user's data folder otherwise."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/taskyard")
+    return platformdirs.user_data_path("taskyard")
+
+
+def config_file() -> Path:
+    """The TOML file that is read, whether or not it exists."""
+    if named := os.environ.get("TASKYARD_CONFIG"):
+        return Path(named)
+    return Path(os.environ.get("TASKYARD_DATA_DIR") or default_data_dir()) / "taskyard.toml"
