@@ -1,0 +1,127 @@
+"""The ASGI application: routes, error answers, and the parts that live as long as it does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import structlog
+from litestar import Litestar, MediaType, Request, Response, get
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from taskyard.agents.adapters import adapters
+from taskyard.db.engine import Database
+from taskyard.db.hub import Hub
+from taskyard.errors import (
+    MethodNotAllowedError,
+    NotFoundError,
+    ServiceUnavailableError,
+    TaskyardError,
+)
+from taskyard.forge.api import RepositoryController
+from taskyard.http import answer
+from taskyard.runs.api import RunController, signed_log
+from taskyard.security import Signer
+from taskyard.settings import Settings
+from taskyard.tasks.api import TaskController
+
+log = structlog.get_logger()
+
+
+def create_app(settings: Settings, database: Database) -> ASGIApp:
+    """The API over an open, migrated database."""
+
+    @asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+        hub = Hub(database.url)
+        await hub.start()
+        row = await database.fetch_one("SELECT key FROM signing_keys WHERE name = 'urls'")
+        assert row is not None
+        app.state.update({"hub": hub, "signer": Signer(bytes(row["key"]))})
+        try:
+            yield
+        finally:
+            await hub.stop()
+
+    app = Litestar(
+        route_handlers=[health, ready, signed_log, TaskController, RunController, RepositoryController],
+        state=State({"settings": settings, "database": database, "agents": frozenset(adapters(settings))}),
+        lifespan=[lifespan],
+        exception_handlers={
+            TaskyardError: expected,
+            HTTPException: framework,
+            Exception: unexpected,
+        },
+        openapi_config=None,
+        logging_config=None,
+    )
+    return heads_and_options(app)
+
+
+@get("/health", media_type=MediaType.JSON, sync_to_thread=False)
+def health() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "ok"}
+
+
+@get("/ready")
+async def ready(request: Request[Any, Any, Any]) -> Response[bytes]:
+    """The process can serve: the database answers."""
+    await request.app.state.database.fetch_one("SELECT 1")
+    return answer({"status": "ready"})
+
+
+def expected(_: Request[Any, Any, Any], error: TaskyardError) -> Response[bytes]:
+    return answer(error.envelope(), error.status, dict(type(error).headers))
+
+
+def framework(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    """The framework's own refusals, in the envelope of the contract."""
+    if error.status_code == 404:
+        return expected(request, NotFoundError())
+    if error.status_code == 405:
+        return expected(request, MethodNotAllowedError(f'Method "{request.method}" not allowed.'))
+    if error.status_code >= 500:
+        return unexpected(request, error)
+    kind = {"type": "invalid_request", "code": "invalid_input", "detail": error.detail, "attr": None}
+    return answer(kind, error.status_code)
+
+
+def unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """A bug, or a part that is down: the cause goes to the log, not to the client."""
+    import psycopg
+
+    if isinstance(error, psycopg.OperationalError):
+        log.error("the database failed during a request", path=request.url.path, error=str(error).strip())
+        return expected(
+            request, ServiceUnavailableError("The database does not answer. Try again in a moment.")
+        )
+    log.error("request failed", method=request.method, path=request.url.path, exc_info=error)
+    body = {"type": "server_error", "code": "error", "detail": "A server error occurred.", "attr": None}
+    return answer(body, 500)
+
+
+def heads_and_options(app: ASGIApp) -> ASGIApp:
+    """HEAD is GET without the body, and OPTIONS answers 200 on every path (tasks-api §1.1)."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope.get("method")
+        if method not in ("HEAD", "OPTIONS"):
+            await app(scope, receive, send)
+            return
+
+        async def edit(message: Message) -> None:
+            if message["type"] == "http.response.start" and method == "OPTIONS" and message["status"] == 204:
+                message["status"] = 200
+            elif message["type"] == "http.response.body" and method == "HEAD":
+                message["body"] = b""
+            await send(message)
+
+        if method == "HEAD":
+            scope = cast("Scope", {**scope, "method": "GET"})
+        await app(scope, receive, edit)
+
+    return wrapped

@@ -1,0 +1,5 @@
+"""`python -m taskyard.cli` is `taskyard`."""
+
+from taskyard.cli.main import run
+
+run()

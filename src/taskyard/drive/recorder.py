@@ -1,0 +1,101 @@
+"""Writes a driver's entries to the record in small batches, under its lease."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+import psycopg
+import structlog
+
+from taskyard.db.engine import Database
+from taskyard.errors import ServiceUnavailableError
+from taskyard.events import store
+from taskyard.events.entries import Entry
+from taskyard.runs.store import Lease
+
+BATCH_S = 0.02
+"""The longest time an entry waits for company."""
+BATCH_BYTES = 64 * 1024
+FULL_BYTES = 4 * 1024 * 1024
+"""With this much unwritten, whoever produces entries has to wait."""
+
+log = structlog.get_logger()
+
+
+class Recorder:
+    """`add` never blocks; one background task writes, in order, and keeps trying while the database is away."""
+
+    def __init__(self, database: Database, lease: Lease, *, on_lost: Callable[[], None]) -> None:
+        self._database = database
+        self._lease = lease
+        self._on_lost = on_lost
+        self._waiting: list[Entry] = []
+        self._bytes = 0
+        self._news = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._task = asyncio.create_task(self._write(), name=f"record {lease.run_id}")
+        self.lost = False
+
+    def add(self, *entries: Entry) -> None:
+        """Put entries behind those already added."""
+        if self.lost or not entries:
+            return
+        self._waiting.extend(entries)
+        self._bytes += sum(len(entry.data) for entry in entries)
+        self._idle.clear()
+        if self._bytes > FULL_BYTES:
+            self._room.clear()
+        self._news.set()
+
+    async def room(self) -> None:
+        """Wait until the backlog is bearable: back-pressure for a flood of output."""
+        await self._room.wait()
+
+    async def flush(self) -> None:
+        """Wait until everything added so far is written, or the lease is lost."""
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Flush, for a bounded time, and stop."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(30):
+                await self.flush()
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        last = 0.0
+        while True:
+            await self._news.wait()
+            # An entry after a quiet moment goes out at once; a burst is collected.
+            if self._bytes < BATCH_BYTES and (rest := last + BATCH_S - loop.time()) > 0:
+                await asyncio.sleep(rest)
+            self._news.clear()
+            batch, self._waiting, self._bytes = self._waiting, [], 0
+            await self._append(batch)
+            last = loop.time()
+            self._room.set()
+            if not self._waiting:
+                self._idle.set()
+
+    async def _append(self, batch: list[Entry]) -> None:
+        delay = 0.1
+        while not self.lost:
+            try:
+                async with self._database.connection() as connection:
+                    await store.append(connection, self._lease.run_id, batch, generation=self._lease.generation)
+                return
+            except store.LeaseLostError:
+                self.lost = True
+                self._on_lost()
+            except (psycopg.OperationalError, ServiceUnavailableError) as error:
+                log.warning("cannot write events, trying again", error=str(error).strip(), delay=delay)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 2.0)

@@ -1,0 +1,327 @@
+"""The agent of one run: its process in the sandbox, its gateway, its session."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import PurePosixPath
+from typing import Any
+
+from taskyard.agents.acp import AcpConnection, AcpError, AgentGoneError, PromptResult, Session
+from taskyard.agents.adapters import (
+    GATEWAY,
+    Adapter,
+    AgentNotInstalledError,
+    adapters,
+    choose_mode,
+    option_for,
+)
+from taskyard.db.engine import Row
+from taskyard.drive.failures import RunFailure, with_tail
+from taskyard.drive.permissions import Permissions
+from taskyard.drive.recorder import Recorder
+from taskyard.drive.transcript import Transcript
+from taskyard.drive.work import Work
+from taskyard.errors import TaskyardError
+from taskyard.events import entries
+from taskyard.gateway.server import Gateway, ModelCall, ModelRoute, Policy, Refusal, Usage
+from taskyard.sandbox.programs import program_mounts
+from taskyard.sandbox.provider import Process, Sandbox
+from taskyard.settings import Settings
+
+Json = dict[str, Any]
+
+DEFAULT_AGENT = "claude"
+CLOSE_SESSION_S = 2.0
+WRITE_S = 30.0
+
+
+class AgentSession:
+    """A started agent with an open session."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        process: Process,
+        connection: AcpConnection,
+        gateway: Gateway,
+        transcript: Transcript,
+        permissions: Permissions,
+    ) -> None:
+        self._adapter = adapter
+        self._process = process
+        self._connection = connection
+        self._gateway = gateway
+        self._transcript = transcript
+        self._closed = False
+        self.permissions = permissions
+        self.session = Session("")
+        self.version = ""
+        self.prompted_at = asyncio.get_running_loop().time()
+        self.gone = False
+        self._watch = asyncio.create_task(self._watch_end(), name="agent end")
+
+    @property
+    def session_id(self) -> str:
+        return self.session.id
+
+    @property
+    def usage(self) -> Usage:
+        """Model traffic of the run so far, as the gateway counted it."""
+        return self._gateway.usage
+
+    @property
+    def last_message_at(self) -> float:
+        return self._connection.last_message_at
+
+    @property
+    def last_message(self) -> str:
+        """The text of the newest whole message of this turn."""
+        return self._transcript.last_message
+
+    async def prompt(self, blocks: Sequence[Json]) -> PromptResult:
+        """One turn."""
+        self.prompted_at = asyncio.get_running_loop().time()
+        self._transcript.begin_turn()
+        try:
+            return await self._connection.prompt(self.session_id, blocks)
+        finally:
+            self._transcript.end_text()
+
+    async def cancel(self) -> None:
+        with suppress(AgentGoneError):
+            await self._connection.cancel(self.session_id)
+
+    async def set_config_option(self, config_id: str, value: str) -> Sequence[Json]:
+        """Set one of the session's options; `mode` also works for agents that list modes only."""
+        known = any(option.get("id") == config_id for option in self.session.config_options)
+        if config_id == "mode" and not known:
+            await self._connection.set_mode(self.session_id, value)
+            return self.session.config_options
+        return await self._connection.set_config_option(self.session_id, config_id, value)
+
+    def stderr_tail(self) -> str:
+        return self._process.stderr_tail()
+
+    def epitaph(self, message: str) -> str:
+        return with_tail(message + ".", self._process.stderr_tail())
+
+    async def obituary(self, message: str) -> str:
+        """Why the process is gone: its exit code and the end of what it wrote to standard error."""
+        try:
+            async with asyncio.timeout(2):
+                end = await self._process.wait()
+        except TimeoutError:
+            return self.epitaph(f"{message}: it closed its output but goes on running")
+        reason = f"exit code {end.code}" if end.reason == "exited" else f"{end.reason}, exit code {end.code}"
+        return with_tail(f"{message} ({reason}).", end.stderr_tail)
+
+    async def close(self) -> None:
+        """End the agent and everything it started. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._transcript.end_text()
+        self._watch.cancel()
+        if self.session_id and not self.gone:
+            # Some agents' commands survive a cancel and end with the session.
+            with suppress(TimeoutError, AcpError, AgentGoneError):
+                async with asyncio.timeout(CLOSE_SESSION_S):
+                    await self._connection.close_session(self.session_id)
+        await self._connection.close()
+        await self._process.terminate(self._adapter.exit_grace_s)
+        await self._gateway.close()
+
+    async def _watch_end(self) -> None:
+        await self._connection.wait_ended()
+        self.gone = True
+
+
+async def start_agent(
+    settings: Settings, row: Row, sandbox: Sandbox, work: Work, recorder: Recorder
+) -> AgentSession:
+    """Start the run's agent in its sandbox and open a session, each step within `runs.start_s`.
+
+    Raises RunFailure: agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
+    agent_refused.
+    """
+    state = row["state"]
+    adapter = _adapter(settings, state)
+    agent: AgentSession | None = None
+    try:
+        async with asyncio.timeout(settings.runs.start_s):
+            agent = await _spawn(settings, adapter, row, sandbox, work, recorder)
+            await _open(agent, adapter, state, work.path, recorder)
+    except AgentGoneError as error:
+        assert agent is not None
+        message = await agent.obituary(f"The agent '{adapter.name}' ended before it was ready")
+        raise RunFailure("agent_start_failed", message) from error
+    except TimeoutError as error:
+        tail = agent.stderr_tail() if agent else ""
+        message = f"The agent '{adapter.name}' was not ready after {settings.runs.start_s:g} seconds."
+        raise RunFailure("agent_start_timeout", with_tail(message, tail)) from error
+    except AcpError as error:
+        assert agent is not None
+        message = f"The agent '{adapter.name}' refused to start a session: {error.message}"
+        raise RunFailure("agent_refused", with_tail(message, agent.stderr_tail())) from error
+    else:
+        started, agent = agent, None
+        return started
+    finally:
+        if agent is not None:
+            await asyncio.shield(agent.close())
+
+
+def _adapter(settings: Settings, state: Mapping[str, Any]) -> Adapter:
+    name = state.get("agent") or state.get("runtime_adapter") or DEFAULT_AGENT
+    adapter = adapters(settings).get(name)
+    if adapter is None:
+        raise RunFailure("agent_unknown", f"This worker has no agent '{name}'. `taskyard agents list` shows them.")
+    return adapter
+
+
+async def _spawn(
+    settings: Settings, adapter: Adapter, row: Row, sandbox: Sandbox, work: Work, recorder: Recorder
+) -> AgentSession:
+    state = row["state"]
+    try:
+        argv, mounts = program_mounts(adapter.argv())
+    except AgentNotInstalledError as error:
+        raise RunFailure("agent_not_installed", error.detail) from error
+    env = _environment(adapter, row, sandbox, work)
+    await _write_files(adapter, sandbox)
+    run_id = str(row["id"])
+    gateway = Gateway(
+        Policy(run_id, _routes(settings)),
+        on_refusal=lambda refusal: recorder.add(_refused(run_id, refusal)),
+        on_usage=lambda call: recorder.add(_used(run_id, call)),
+    )
+    process = await sandbox.exec(
+        argv, env=env, cwd=work.path, stdin=True, mounts=mounts, on_listener=gateway.serve
+    )
+    assert process.stdin is not None
+    transcript = Transcript(recorder)
+    permissions = Permissions(
+        recorder,
+        mode=state.get("initial_permission_mode") or adapter.default_mode or "",
+        attended=state.get("mode") == "interactive",
+    )
+    connection = AcpConnection(
+        process.stdout,
+        process.stdin,
+        on_update=transcript.update,
+        on_request=permissions.answer,
+        on_traffic=transcript.traffic,
+        on_noise=lambda text: recorder.add(entries.console(run_id, "debug", text)),
+        before_read=recorder.room,
+    )
+    return AgentSession(adapter, process, connection, gateway, transcript, permissions)
+
+
+async def _open(
+    agent: AgentSession, adapter: Adapter, state: Mapping[str, Any], cwd: str, recorder: Recorder
+) -> None:
+    """Handshake, session, permission mode, model and effort."""
+    connection = agent._connection  # noqa: SLF001 - the second half of the constructor
+    answer = await connection.initialize(adapter.initialize_meta)
+    info = answer.get("agentInfo")
+    agent.version = str(info.get("version", "")) if isinstance(info, dict) else ""
+    session = await connection.new_session(cwd, meta=adapter.new_session_meta)
+    agent.session = session
+
+    def note(text: str) -> None:
+        recorder.add(entries.console(session.id, "warn", text))
+
+    asked = state.get("initial_permission_mode")
+    mode = choose_mode(session, *adapter.wanted_modes(asked))
+    if mode is not None:
+        await connection.set_mode(session.id, mode)
+    elif asked:
+        note(f"The agent has no permission mode '{asked}'; it runs in its own, '{session.current_mode}'.")
+    for config_id, value in adapter.mode_options.get(asked or adapter.default_mode or "", {}).items():
+        if any(option.get("id") == config_id for option in session.config_options):
+            await connection.set_config_option(session.id, config_id, value)
+    for choice, key in (("model", "model"), ("effort", "reasoning_effort")):
+        wanted = state.get(key)
+        if wanted and f"{{{choice}}}" not in str(adapter.launch_env):
+            await _choose(connection, session, adapter.options.get(choice, ""), str(wanted), note)
+
+
+async def _choose(connection: AcpConnection, session: Session, category: str, wanted: str, note: Any) -> None:
+    """Set a config option by its category, where the session offers the value."""
+    option = option_for(session, category)
+    if option is None or wanted not in option.values:
+        note(f"The agent does not offer {category} '{wanted}'; it keeps its own.")
+    elif option.current != wanted:
+        await connection.set_config_option(session.id, option.id, wanted)
+
+
+def _environment(adapter: Adapter, row: Row, sandbox: Sandbox, work: Work) -> dict[str, str]:
+    """What the agent finds in its environment (run-lifecycle §5.1). No credential is among it."""
+    state = row["state"]
+    name, email = work.author
+    env = {
+        "POSTHOG_PROJECT_ID": str(row["project_id"]),
+        "POSTHOG_TASK_ID": str(row["task_id"]),
+        "POSTHOG_TASK_RUN_ID": str(row["id"]),
+        "GIT_AUTHOR_NAME": name,
+        "GIT_AUTHOR_EMAIL": email,
+        "GIT_COMMITTER_NAME": name,
+        "GIT_COMMITTER_EMAIL": email,
+        "LLM_GATEWAY_URL": GATEWAY,
+        "HTTP_PROXY": GATEWAY,
+        "HTTPS_PROXY": GATEWAY,
+        "http_proxy": GATEWAY,
+        "https_proxy": GATEWAY,
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+    env |= adapter.environment(state.get("model"), state.get("reasoning_effort"))
+    if adapter.state_env and adapter.state_dir:
+        env[adapter.state_env] = f"{sandbox.home}/{adapter.state_dir}"
+    return env
+
+
+async def _write_files(adapter: Adapter, sandbox: Sandbox) -> None:
+    """The adapter's small configuration files, written inside the sandbox, as everything there is."""
+    if adapter.state_dir is None:
+        return
+    folder = PurePosixPath(sandbox.home) / adapter.state_dir
+    for name, text in {".keep": "", **adapter.files}.items():
+        target = folder / name
+        script = 'mkdir -p "$(dirname "$1")" && cat > "$1"'
+        process = await sandbox.exec(["sh", "-c", script, "sh", str(target)], stdin=True)
+        assert process.stdin is not None
+        process.stdin.write(text.encode())
+        process.stdin.close()
+        end = await process.wait()
+        if end.code != 0:
+            raise SandboxWriteError(f"cannot write {target} in the sandbox: {end.stderr_tail.strip()}")
+
+
+class SandboxWriteError(TaskyardError):
+    """A file could not be written in the sandbox."""
+
+
+def _routes(settings: Settings) -> dict[str, ModelRoute]:
+    models = settings.models
+    return {
+        "anthropic": ModelRoute(models.anthropic.base_url, models.anthropic.key("ANTHROPIC_API_KEY")),
+        "openai": ModelRoute(models.openai.base_url, models.openai.key("OPENAI_API_KEY")),
+    }
+
+
+def _refused(run_id: str, refusal: Refusal) -> entries.Entry:
+    text = f"Network: refused {refusal.method} {refusal.target} ({refusal.reason})"
+    return entries.console(run_id, "warn", text)
+
+
+def _used(run_id: str, call: ModelCall) -> entries.Entry:
+    used = {
+        "inputTokens": call.input_tokens,
+        "outputTokens": call.output_tokens,
+        "cachedReadTokens": call.cached_read_tokens,
+        "cachedWriteTokens": call.cached_write_tokens,
+    }
+    return entries.named("_posthog/usage_update", {"sessionId": run_id, "used": used, "model": call.model})

@@ -1,0 +1,81 @@
+"""Turns the traffic with an agent into entries of the record.
+
+Streamed text is shown live chunk by chunk, and kept in the log as one joined message (run-lifecycle
+§7.5). Everything else is kept and shown as it came.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from taskyard.drive.recorder import Recorder
+from taskyard.events import entries
+from taskyard.events.entries import Shown
+
+Json = dict[str, Any]
+
+JOINED = {"agent_message_chunk": "agent_message", "agent_thought_chunk": "agent_thought_chunk"}
+"""Kinds of streamed text, and the kind of the joined entry."""
+
+
+class Transcript:
+    """Feed it everything that is said to and by the agent, in order."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._kind = ""
+        self._message_id: str | None = None
+        self._session_id = ""
+        self._parts: list[str] = []
+        self.last_message = ""
+        """The text of the newest whole message of the agent."""
+
+    def begin_turn(self) -> None:
+        self.last_message = ""
+
+    def traffic(self, direction: Literal["in", "out"], message: Json) -> None:
+        """One JSON-RPC message as it went over the wire; updates come through `update`, without replays."""
+        if direction == "in" and message.get("method") == "session/update":
+            return
+        self.end_text()
+        self._recorder.add(entries.notification({"jsonrpc": "2.0", **message}))
+
+    def update(self, params: Json) -> None:
+        """The parameters of one `session/update`."""
+        update = params.get("update")
+        if not isinstance(update, dict):
+            return
+        kind = update.get("sessionUpdate")
+        text = _text(update) if kind in JOINED else None
+        session_id = str(params.get("sessionId", ""))
+        if text is None:
+            # Usage reports come between the chunks of one message and do not end it.
+            if kind != "usage_update":
+                self.end_text()
+            self._recorder.add(entries.named("session/update", params))
+            return
+        message_id = update.get("messageId")
+        if (kind, message_id) != (self._kind, self._message_id):
+            self.end_text()
+            self._kind, self._message_id, self._session_id = str(kind), message_id, session_id
+        self._parts.append(text)
+        self._recorder.add(entries.named("session/update", params, Shown.STREAM))
+
+    def end_text(self) -> None:
+        """Write the joined text that was streamed so far to the log."""
+        if not self._parts:
+            return
+        text = "".join(self._parts)
+        update = {"sessionUpdate": JOINED[self._kind], "content": {"type": "text", "text": text}}
+        if self._kind == "agent_message_chunk":
+            self.last_message = text
+        self._recorder.add(entries.session_update(self._session_id, update, Shown.LOG))
+        self._kind, self._message_id, self._parts = "", None, []
+
+
+def _text(update: Json) -> str | None:
+    """The text of a chunk; None when it carries something else, such as an image."""
+    content = update.get("content")
+    if isinstance(content, dict) and content.get("type") == "text" and isinstance(content.get("text"), str):
+        return str(content["text"])
+    return None

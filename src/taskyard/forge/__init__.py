@@ -1,0 +1,1 @@
+"""Where repositories live: origins, mirrors, and git on the host."""

@@ -1,0 +1,118 @@
+"""The host side of the one door: an HTTP/1.1 server for one run, on listening sockets bound inside its sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+import ssl
+import traceback
+from collections.abc import Callable
+
+import httpx
+import structlog
+
+from taskyard.gateway.connection import Connection
+from taskyard.gateway.models import ModelRoute, Refused
+from taskyard.gateway.policy import Policy, Refusal
+from taskyard.gateway.usage import ModelCall, Usage
+
+__all__ = ["Gateway", "ModelCall", "ModelRoute", "Policy", "Refusal", "Usage"]
+
+MAX_CONNECTIONS = 64
+
+log = structlog.get_logger()
+
+
+class Gateway:
+    """Serves one run until `close()`.
+
+    `on_refusal` and `on_usage` are called on the event loop and must not block. An agent decides how often
+    `on_refusal` is called, so whatever stores refusals should bound them.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        on_refusal: Callable[[Refusal], None],
+        on_usage: Callable[[ModelCall], None],
+    ) -> None:
+        self.usage = Usage()
+        self._policy = policy
+        self._on_refusal = on_refusal
+        self._on_usage = on_usage
+        self._servers: list[asyncio.Server] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._client = httpx.AsyncClient(
+            verify=_tls(),
+            trust_env=False,
+            follow_redirects=False,
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=8),
+        )
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Accept on this listening socket, in the background, until `close()`; the socket is then closed.
+
+        May be called again with further sockets: each process of a sandbox brings its own.
+        """
+        if self._closed:
+            listener.close()
+            return
+        self._servers.append(await asyncio.start_server(self._serve_connection, sock=listener))
+
+    async def close(self) -> None:
+        """End every connection and upstream call at once. Idempotent."""
+        self._closed = True
+        for server in self._servers:
+            server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for server in self._servers:
+            await server.wait_closed()
+        self._servers.clear()
+        await self._client.aclose()
+
+    async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await self._converse(
+                Connection(reader, writer, self._policy, self._client, self._on_refusal, self._called)
+            )
+        except (OSError, asyncio.CancelledError):
+            writer.transport.abort()  # the client has left, or close() was called
+        except Exception as error:
+            # Neither the text nor the variables of the frames: they could hold the key.
+            log.error(  # noqa: TRY400 (see above)
+                "gateway_connection_failed",
+                run_id=self._policy.run_id,
+                error=type(error).__name__,
+                trace="".join(traceback.format_tb(error.__traceback__)),
+            )
+            writer.transport.abort()
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _converse(self, connection: Connection) -> None:
+        if self._closed or len(self._tasks) > 2 * MAX_CONNECTIONS:
+            raise ConnectionAbortedError
+        if len(self._tasks) > MAX_CONNECTIONS:
+            message = f"this sandbox has {MAX_CONNECTIONS} connections open already."
+            await connection.refuse(Refused(503, message))
+        else:
+            await connection.run()
+
+    def _called(self, call: ModelCall) -> None:
+        self.usage.add(call)
+        self._on_usage(call)
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Shared, because loading the certificates takes some 20 ms. Heeds SSL_CERT_FILE and SSL_CERT_DIR."""
+    return httpx.create_ssl_context()

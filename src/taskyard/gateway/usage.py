@@ -1,0 +1,181 @@
+"""Counting tokens from what passes by.
+
+A `Meter` is fed the bytes of an answer as they are forwarded and never holds them up. It reads Anthropic Messages,
+OpenAI Responses and OpenAI Chat Completions, streamed (server-sent events) or whole.
+
+One meaning for all APIs: `input_tokens` are the tokens that were neither read from nor written to the prompt
+cache. Anthropic reports them so; OpenAI's number includes the cached ones, which are taken off here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_EVENT = 32 * 1024 * 1024
+"""Bytes of one server-sent event or one JSON answer that are looked at; a larger one goes uncounted."""
+
+UNKNOWN_MODEL = "unknown"
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of a model, finished, failed or broken off."""
+
+    provider: str
+    endpoint: str
+    """The path within the API, such as `/v1/messages`."""
+    model: str | None
+    """As the answer names it."""
+    status: int
+    """HTTP status; 502 when the API could not be reached, 499 when the client left before the answer began."""
+    complete: bool
+    """The answer was forwarded to its end."""
+    metered: bool
+    """The answer told its usage; else the counts are 0."""
+    seconds: float
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_read_tokens: int = 0
+    cached_write_tokens: int = 0
+
+
+@dataclass
+class Usage:
+    """Sums over the calls of one run."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_read_tokens: int = 0
+    cached_write_tokens: int = 0
+    models: dict[str, Usage] = field(default_factory=dict)
+    """The same per model; a call whose answer names none counts under `unknown`."""
+
+    def add(self, call: ModelCall) -> None:
+        self._add(call)
+        self.models.setdefault(call.model or UNKNOWN_MODEL, Usage())._add(call)
+
+    def _add(self, call: ModelCall) -> None:
+        self.calls += 1
+        self.input_tokens += call.input_tokens
+        self.output_tokens += call.output_tokens
+        self.cached_read_tokens += call.cached_read_tokens
+        self.cached_write_tokens += call.cached_write_tokens
+
+
+class Meter:
+    """Reads the usage of one answer.
+
+    Usage may come in parts (Anthropic tells the input at the start and the output at the end, both as totals so
+    far); of each number the last one counts.
+    """
+
+    def __init__(self, content_type: str) -> None:
+        self.model: str | None = None
+        self.metered = False
+        self.input_tokens = self.output_tokens = self.cached_read_tokens = self.cached_write_tokens = 0
+        self._stream = SseParser() if content_type.lower().startswith("text/event-stream") else None
+        self._whole = bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        if self._stream is not None:
+            for event in self._stream.feed(chunk):
+                self._event(event)
+        elif len(self._whole) <= MAX_EVENT:
+            self._whole += chunk
+
+    def finish(self) -> None:
+        """The answer has ended or broken off. A last event counts even without its closing blank line."""
+        self.feed(b"\n\n")
+        if self._stream is None and len(self._whole) <= MAX_EVENT:
+            self._read(bytes(self._whole))
+        self._whole.clear()
+
+    def _event(self, data: bytes) -> None:
+        # Most events are small deltas; parse the few that can matter.
+        if b'"usage"' in data or (self.model is None and b'"model"' in data):
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(document, dict):
+            return
+        # Anthropic's first event wraps a `message`, OpenAI's events wrap a `response`.
+        inner = document.get("message") or document.get("response")
+        for holder in (document, inner) if isinstance(inner, dict) else (document,):
+            if isinstance(model := holder.get("model"), str) and model:
+                self.model = model
+            if isinstance(usage := holder.get("usage"), dict):
+                self._usage(usage)
+
+    def _usage(self, usage: dict[str, Any]) -> None:
+        details = usage.get("input_tokens_details") or usage.get("prompt_tokens_details")
+        if isinstance(details, dict) or "prompt_tokens" in usage:
+            details = details if isinstance(details, dict) else {}
+            self.cached_read_tokens = _count(details.get("cached_tokens"), 0)
+            self.cached_write_tokens = _count(details.get("cache_write_tokens"), 0)
+            total = _count(usage.get("input_tokens"), _count(usage.get("prompt_tokens"), 0))
+            self.input_tokens = max(0, total - self.cached_read_tokens - self.cached_write_tokens)
+            self.output_tokens = _count(usage.get("output_tokens"), _count(usage.get("completion_tokens"), 0))
+        else:
+            self.input_tokens = _count(usage.get("input_tokens"), self.input_tokens)
+            self.output_tokens = _count(usage.get("output_tokens"), self.output_tokens)
+            self.cached_read_tokens = _count(usage.get("cache_read_input_tokens"), self.cached_read_tokens)
+            self.cached_write_tokens = _count(
+                usage.get("cache_creation_input_tokens"), self.cached_write_tokens
+            )
+        self.metered = True
+
+
+def _count(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else otherwise
+
+
+class SseParser:
+    """Splits a byte stream into the data of server-sent events.
+
+    Rules: the HTML standard, "9.2.6 Interpreting an event stream"; lines end with LF, CR LF or CR. Event names and
+    ids are of no use here.
+    """
+
+    _LINE_END = re.compile(rb"\r\n|\n|\r")
+
+    def __init__(self, limit: int = MAX_EVENT) -> None:
+        self._limit = limit
+        self._held = b""  # a CR at the end of a chunk, which an LF may follow
+        self._line: list[bytes] = []  # pieces of the unfinished line
+        self._data: list[bytes] = []
+        self._size = 0  # of the unfinished event
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """The data of each event that ends in this chunk; events above the limit are left out."""
+        chunk = self._held + chunk
+        self._held = b"\r" if chunk.endswith(b"\r") else b""
+        first, *others = self._LINE_END.split(chunk[: len(chunk) - len(self._held)])
+        self._piece(first)
+        for other in others:
+            line = b"".join(self._line)
+            self._line.clear()
+            if not line:
+                if self._data and self._size <= self._limit:
+                    yield b"\n".join(self._data)
+                self._data.clear()
+                self._size = 0
+            elif line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            self._piece(other)
+
+    def _piece(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size > self._limit:
+            # Keep something, so that the line is not taken for the blank one that ends the event.
+            self._data, self._line = [], [b":"] if piece or self._line else []
+        elif piece:
+            self._line.append(piece)

@@ -1,0 +1,178 @@
+"""The processes of a site: `serve` is all in one, `serve_api` and `run_worker` are its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import structlog
+import uvicorn
+import uvloop
+
+from taskyard.accounts.admin import bootstrap
+from taskyard.app import create_app
+from taskyard.db.embedded import ServeLock
+from taskyard.db.engine import Database, open_database
+from taskyard.errors import SetupError
+from taskyard.settings import Settings
+from taskyard.telemetry import configure_logging
+
+log = structlog.get_logger()
+
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+def serve(settings: Settings, host: str, port: int) -> None:
+    """API, worker and, without a database URL, PostgreSQL, until SIGINT or SIGTERM."""
+    _run(settings, lambda stop: _serve(settings, host, port, stop))
+
+
+def serve_api(settings: Settings, host: str, port: int) -> None:
+    """The API alone; needs TASKYARD_DATABASE_URL."""
+    _need_database(settings)
+    _run(settings, lambda stop: _serve(settings, host, port, stop, worker=False))
+
+
+def run_worker(settings: Settings) -> None:
+    """A worker alone; needs TASKYARD_DATABASE_URL."""
+    _need_database(settings)
+    _run(settings, lambda stop: _work(settings, stop))
+
+
+def _run(settings: Settings, main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    configure_logging(settings.log_level, settings.log_format)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        await main(stop)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+
+
+async def _serve(
+    settings: Settings, host: str, port: int, stop: asyncio.Event, *, worker: bool = True
+) -> None:
+    _make_private(settings.data_dir)
+    async with AsyncExitStack() as stack:
+        if settings.database_url is None:
+            stack.enter_context(ServeLock(settings.data_dir))
+        database = await stack.enter_async_context(open_database(settings))
+        key = await bootstrap(database)
+        if key is not None:
+            _write_private(settings.data_dir / "first-key", key + "\n")
+        if worker:
+            from taskyard.worker import running_worker
+
+            await stack.enter_async_context(running_worker(settings, database))
+        url = await stack.enter_async_context(listening(settings, database, host, port))
+        state = settings.data_dir / "server.json"
+        _write_private(state, json.dumps({"url": url, "pid": os.getpid()}) + "\n")
+        stack.callback(state.unlink, missing_ok=True)
+        _announce(url, key, host)
+        await stop.wait()
+        log.info("stopping")
+
+
+@asynccontextmanager
+async def listening(settings: Settings, database: Database, host: str, port: int) -> AsyncIterator[str]:
+    """The HTTP server, listening; its URL."""
+    config = uvicorn.Config(
+        create_app(settings, database),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        proxy_headers=True,
+        timeout_graceful_shutdown=3,
+        server_header=False,
+    )
+    server = Server(config)
+    task = asyncio.create_task(server.serve(), name="http")
+    started = asyncio.create_task(server.listening.wait())
+    await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
+    if not server.listening.is_set():
+        started.cancel()
+        raise SetupError(f"cannot listen on {host} port {port}: {server.problem or 'the port is taken'}")
+    bound = server.servers[0].sockets[0].getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    try:
+        yield f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else shown}:{bound}"  # noqa: S104 - comparison
+    finally:
+        server.should_exit = True
+        await task
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its own signal handling, that tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+        self.problem: str | None = None
+
+    def install_signal_handlers(self) -> None:
+        pass
+
+    async def startup(self, sockets: object = None) -> None:
+        try:
+            await super().startup()
+        except SystemExit:  # uvicorn's way to say that it cannot bind
+            return
+        if self.started:
+            self.listening.set()
+
+
+async def _work(settings: Settings, stop: asyncio.Event) -> None:
+    from taskyard.worker import running_worker
+
+    _make_private(settings.data_dir)
+    async with open_database(settings) as database, running_worker(settings, database):
+        log.info("worker ready", concurrency=settings.worker.concurrency)
+        await stop.wait()
+        log.info("stopping")
+
+
+def _need_database(settings: Settings) -> None:
+    if settings.database_url is None:
+        raise SetupError(
+            "TASKYARD_DATABASE_URL is not set: parts on several machines need a PostgreSQL that all of them reach. "
+            "For everything in one process use `taskyard serve`."
+        )
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise SetupError(f"cannot use the data folder {folder}: {error.strerror}. Give another --data-dir.") from error
+
+
+def _write_private(path: Path, text: str) -> None:
+    """A file that only this user can read, complete or not there at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+        part.rename(path)
+    except OSError as error:
+        raise SetupError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _announce(url: str, key: str | None, host: str) -> None:
+    """What a person needs to know, on standard output."""
+    print(f"Taskyard is ready at {url}", flush=True)  # noqa: T201 - this is the command's output
+    if key is not None:
+        print(f"First user's API key (shown once, kept in the data folder): {key}", flush=True)  # noqa: T201
+    if host not in LOOPBACK:
+        log.warning("the API is reachable from the network without TLS: put a TLS proxy before it", host=host)

@@ -1,0 +1,1 @@
+"""Tasks: what is to be done. Their runs are in `taskyard.runs`."""

@@ -1,0 +1,88 @@
+"""Bodies of the task endpoints (tasks-api §2, §4)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+from uuid import UUID
+
+from jsonschema import SchemaError
+from jsonschema.validators import validator_for
+from pydantic import AfterValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+from taskyard.schemas import Body, Text
+
+
+class OriginProduct(StrEnum):
+    """Where a task came from (§2.1): the values of the contract, old and new."""
+
+    ERROR_TRACKING = "error_tracking"
+    EVAL_CLUSTERS = "eval_clusters"
+    USER_CREATED = "user_created"
+    AUTOMATION = "automation"
+    SLACK = "slack"
+    SUPPORT_QUEUE = "support_queue"
+    SESSION_SUMMARIES = "session_summaries"
+    SIGNAL_REPORT = "signal_report"
+    POSTHOG_AI = "posthog_ai"
+    EXPERIMENTS = "experiments"
+    SIGNALS_SCOUT = "signals_scout"
+    SUPPORT_REPLY = "support_reply"
+    ONBOARDING = "onboarding"
+    HOGDESK = "hogdesk"
+    IMAGE_BUILDER = "image_builder"
+    REVIEW_HOG = "review_hog"
+    LOOP = "loop"
+    MCP_ANALYTICS = "mcp_analytics"
+    WORKFLOW = "workflow"
+    SIGNALS_CHAT = "signals_chat"
+
+
+class Relationship(StrEnum):
+    IMPLEMENTATION = "implementation"
+
+
+def repository_name(value: str | None) -> str | None:
+    """`organization/repository` in lower case; null and "" stay as they are (§2.4)."""
+    if not value:
+        return value
+    parts = value.split("/")
+    if len(parts) != 2 or not all(parts):
+        raise PydanticCustomError("repository", "Repository must be in the format organization/repository")
+    return value.lower()
+
+
+def _json_schema(value: Any) -> Any:
+    """A schema that is none is refused when it is written, not when an answer is checked against it (§2.5)."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise PydanticCustomError("json_schema", "json_schema must be a JSON Schema object.")
+    try:
+        validator_for(value).check_schema(value)
+    except SchemaError as error:
+        raise PydanticCustomError(
+            "json_schema", "json_schema is not a valid JSON Schema: {reason}", {"reason": error.message}
+        ) from None
+    return value
+
+
+Title = Annotated[Text, StringConstraints(max_length=255)]
+
+
+class TaskWrite(Body):
+    """Create and update: nothing is required, what is not sent stays as it is."""
+
+    title: Title = ""
+    title_manually_set: bool = False
+    description: Text = ""
+    origin_product: OriginProduct = OriginProduct.USER_CREATED
+    repository: Annotated[Title | None, AfterValidator(repository_name)] = None
+    github_integration: int | None = None
+    github_user_integration: UUID | None = None
+    signal_report: UUID | None = None
+    signal_report_task_relationship: Relationship | None = None
+    json_schema: Annotated[Any, AfterValidator(_json_schema)] = None
+    internal: bool = False
+    ci_prompt: Text | None = Field(default=None)

@@ -1,0 +1,70 @@
+"""`POST R/command/` without a worker: what is refused, what waits (tasks-api §6.6)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.yard import Yard, error, ok
+
+MESSAGE = "user_message requires a non-empty content string, artifact_ids, or both"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "attr", "detail"),
+    [
+        ({"method": "cancel"}, "required", "jsonrpc", "This field is required."),
+        ({"jsonrpc": "1.0", "method": "cancel"}, "invalid_choice", "jsonrpc", '"1.0" is not a valid choice.'),
+        ({"jsonrpc": "2.0"}, "required", "method", "This field is required."),
+        ({"jsonrpc": "2.0", "method": "_posthog/cancel"}, "invalid_choice", "method", None),
+        ({"jsonrpc": "2.0", "method": "cancel", "params": []}, "not_a_dict", "params", None),
+        ({"jsonrpc": "2.0", "method": "cancel", "id": True}, "invalid_input", "id", "id must be a string or number"),
+        ({"jsonrpc": "2.0", "method": "user_message"}, "invalid_input", "params", MESSAGE),
+        ({"jsonrpc": "2.0", "method": "user_message", "params": {"content": " "}}, "invalid_input", "params", MESSAGE),
+        ({"jsonrpc": "2.0", "method": "user_message", "params": {"content": 1}}, "invalid_input", "params",
+         "content must be a string when provided"),
+        ({"jsonrpc": "2.0", "method": "user_message", "params": {"artifact_ids": [""]}}, "invalid_input", "params",
+         "artifact_ids must be a list of non-empty strings"),
+        ({"jsonrpc": "2.0", "method": "permission_response", "params": {"optionId": "x"}}, "invalid_input", "params",
+         "requestId is required and must be a non-empty string"),
+        ({"jsonrpc": "2.0", "method": "set_config_option", "params": {"configId": "x"}}, "invalid_input", "params",
+         "value is required and must be a non-empty string"),
+    ],
+)  # fmt: skip
+async def test_bad_commands(
+    yard: Yard, body: dict[str, object], code: str, attr: str, detail: str | None
+) -> None:
+    run = await yard.api().start()
+    refused = error(await yard.api().post(run.path("command/"), body), 400, code, attr)
+    if detail is not None:
+        assert refused["detail"] == detail
+
+
+@pytest.mark.parametrize("number", [0, 7, "seven", None])
+async def test_a_message_to_a_queued_run_waits(yard: Yard, number: int | str | None) -> None:
+    run = await yard.api().start()
+    body = {"jsonrpc": "2.0", "method": "user_message", "params": {"content": " hello "}, "id": number}
+    answer = ok(await yard.api().post(run.path("command/"), body))
+    expected = {"jsonrpc": "2.0", "result": {"queued": True}}
+    assert answer == (expected if number is None else expected | {"id": number})
+    [row] = await yard.database.fetch("SELECT seq, method, params, delivered_at FROM commands")
+    assert (row["seq"], row["method"], row["params"]["content"]) == (1, "user_message", "hello")
+    assert row["delivered_at"] is None
+
+
+async def test_no_agent_to_talk_to(yard: Yard) -> None:
+    run = await yard.api().start()
+    await run.cancel()
+    body = {"jsonrpc": "2.0", "method": "cancel"}
+    response = await yard.api().post(run.path("command/"), body)
+    assert (response.status_code, response.json()) == (400, {"error": "No active sandbox for this task run"})
+
+
+async def test_unknown_artifacts(yard: Yard) -> None:
+    run = await yard.api().start()
+    body = {"jsonrpc": "2.0", "method": "user_message", "params": {"content": "x", "artifact_ids": ["0" * 32]}}
+    response = await yard.api().post(run.path("command/"), body)
+    assert (response.status_code, response.json()) == (
+        400,
+        {"error": "Some artifact_ids are invalid for this run", "missing_artifact_ids": ["0" * 32]},
+    )
+    assert await yard.database.fetch("SELECT 1 FROM commands") == []
