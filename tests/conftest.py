@@ -19,7 +19,9 @@ pytest_plugins = ["tests.support.postgres"]
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting and no key of the person who runs the tests reaches them."""
     for name in os.environ:
-        if (name.startswith("TASKYARD_") and not name.startswith("TASKYARD_TEST_")) or name.endswith("_API_KEY"):
+        if (name.startswith("TASKYARD_") and not name.startswith("TASKYARD_TEST_")) or name.endswith(
+            "_API_KEY"
+        ):
             monkeypatch.delenv(name)
 
 
@@ -29,7 +31,7 @@ def settings(tmp_path: Path, database_url: str) -> Settings:
 
 
 def make_settings(data_dir: Path, database_url: str, **areas: object) -> Settings:
-    return Settings(_env_file=None, data_dir=data_dir, database_url=database_url, **areas)  # type: ignore[call-arg, arg-type]
+    return Settings(_env_file=None, data_dir=data_dir, database_url=database_url, **areas)  # type: ignore[arg-type]
 
 
 @pytest.fixture

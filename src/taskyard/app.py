@@ -13,6 +13,7 @@ from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from taskyard.agents.adapters import adapters
+from taskyard.commands.api import CommandController
 from taskyard.db.engine import Database
 from taskyard.db.hub import Hub
 from taskyard.errors import (
@@ -47,7 +48,15 @@ def create_app(settings: Settings, database: Database) -> ASGIApp:
             await hub.stop()
 
     app = Litestar(
-        route_handlers=[health, ready, signed_log, TaskController, RunController, RepositoryController],
+        route_handlers=[
+            health,
+            ready,
+            signed_log,
+            TaskController,
+            RunController,
+            CommandController,
+            RepositoryController,
+        ],
         state=State({"settings": settings, "database": database, "agents": frozenset(adapters(settings))}),
         lifespan=[lifespan],
         exception_handlers={

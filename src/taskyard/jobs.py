@@ -24,7 +24,7 @@ async def enqueue_drive(connection: Connection, run_id: UUID) -> None:
 
 def engine(url: str | None = None) -> procrastinate.App:
     """An engine; with a URL one that has its own connections, as a worker needs."""
-    connector = procrastinate.PsycopgConnector(**({"conninfo": url} if url else {}))
+    connector = procrastinate.PsycopgConnector(conninfo=url) if url else procrastinate.PsycopgConnector()
     return procrastinate.App(connector=connector)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from taskyard.errors import InvalidInputError, UnsupportedMediaTypeError
@@ -51,6 +51,17 @@ Text = Annotated[str, BeforeValidator(_text)]
 """A string that may be blank."""
 Filled = Annotated[str, BeforeValidator(_not_blank), BeforeValidator(_text)]
 """A string that may not be blank."""
+Title = Annotated[Text, StringConstraints(max_length=255)]
+
+
+def repository_name(value: str | None) -> str | None:
+    """`organization/repository` in lower case; null and "" stay as they are (tasks-api §2.4)."""
+    if not value:
+        return value
+    parts = value.split("/")
+    if len(parts) != 2 or not all(parts):
+        raise PydanticCustomError("repository", "Repository must be in the format organization/repository")
+    return value.lower()
 
 
 def parse(model: type[M], content_type: str, raw: bytes) -> M:

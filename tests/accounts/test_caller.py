@@ -18,7 +18,11 @@ async def test_no_credential(yard: Yard) -> None:
 
 
 async def test_unknown_and_revoked_keys(yard: Yard) -> None:
-    error(await yard.api(None).get("tasks/", headers={"Authorization": "Bearer phx_no"}), 401, "authentication_failed")
+    error(
+        await yard.api(None).get("tasks/", headers={"Authorization": "Bearer phx_no"}),
+        401,
+        "authentication_failed",
+    )
     made = await admin.create_key(yard.database, "ada@example.org", ["*"])
     header = {"Authorization": f"Bearer {made['key']}"}
     assert (await yard.api(None).get("tasks/", headers=header)).status_code == 200
@@ -41,7 +45,11 @@ async def test_scopes(yard: Yard) -> None:
     task = await writer.create_task()
     assert ok(await writer.get(f"tasks/{task['id']}/"))["id"] == task["id"]
     assert ok(await reader.get(f"tasks/{task['id']}/"))["id"] == task["id"]
-    for method, path in (("POST", "tasks/"), ("PATCH", f"tasks/{task['id']}/"), ("POST", f"tasks/{task['id']}/run/")):
+    for method, path in (
+        ("POST", "tasks/"),
+        ("PATCH", f"tasks/{task['id']}/"),
+        ("POST", f"tasks/{task['id']}/run/"),
+    ):
         refused = error(await reader.request(method, path, json={}), 403, "permission_denied")
         assert refused["detail"] == "API key missing required scope 'task:write'"
 

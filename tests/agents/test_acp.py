@@ -35,6 +35,12 @@ async def prompt(client: Client) -> PromptResult:
     return await client.connection.prompt("s", TEXT)
 
 
+async def forever() -> Json:
+    """A person who never answers."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
 # --- the handshake and the session ---
 
 
@@ -278,7 +284,7 @@ async def test_cancel_answers_an_open_permission_request() -> None:
     async def person(method: str, params: Json) -> Json:
         asked.set()
         try:
-            return await asyncio.get_running_loop().create_future()
+            return await forever()
         finally:
             ended.set()
 
@@ -311,7 +317,7 @@ async def test_after_cancel_a_late_request_is_answered_and_the_next_turn_is_free
         if len(asked) > 1:
             return SELECTED
         open_.set()
-        return await asyncio.get_running_loop().create_future()
+        return await forever()
 
     agent = inline(
         ASK
@@ -391,7 +397,7 @@ q = read(); answer(q, stopReason="end_turn"); read()
 
 async def test_open_requests_are_bounded() -> None:
     async def never(method: str, params: Json) -> Json:
-        return await asyncio.get_running_loop().create_future()
+        return await forever()
 
     agent = inline(
         ASK
@@ -513,7 +519,7 @@ async def test_the_end_cancels_open_requests_of_the_agent() -> None:
 
     async def person(method: str, params: Json) -> Json:
         try:
-            return await asyncio.get_running_loop().create_future()
+            return await forever()
         finally:
             ended.set()
 

@@ -54,3 +54,16 @@ def test_lines_keep_what_has_no_end_yet() -> None:
     assert list(lines.feed(b"one\r\ntw")) == ["one"]
     assert list(lines.feed(b"o")) == []
     assert lines.rest() == "two"
+
+
+def test_tells_a_frame_that_is_not_complete() -> None:
+    parser = Parser()
+    for piece, partial in (
+        (b"d", True),
+        (b"ata: x\n", True),
+        (b"\n", False),
+        (b"id: 1\n", True),
+        (b"\r\n", False),
+    ):
+        list(parser.feed(piece))
+        assert parser.partial is partial, piece

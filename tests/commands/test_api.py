@@ -61,7 +61,11 @@ async def test_no_agent_to_talk_to(yard: Yard) -> None:
 
 async def test_unknown_artifacts(yard: Yard) -> None:
     run = await yard.api().start()
-    body = {"jsonrpc": "2.0", "method": "user_message", "params": {"content": "x", "artifact_ids": ["0" * 32]}}
+    body = {
+        "jsonrpc": "2.0",
+        "method": "user_message",
+        "params": {"content": "x", "artifact_ids": ["0" * 32]},
+    }
     response = await yard.api().post(run.path("command/"), body)
     assert (response.status_code, response.json()) == (
         400,

@@ -107,6 +107,14 @@ def small_disk(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", folder], check=True)
 
 
+def fill(file: Path) -> None:
+    """Write until the disk of the file refuses one more page."""
+    block = bytes(os.sysconf("SC_PAGE_SIZE"))
+    with file.open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(block)
+
+
 async def test_first_start_creates_a_private_durable_server(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +128,7 @@ async def test_first_start_creates_a_private_durable_server(
     settings = ("fsync", "synchronous_commit", "full_page_writes", "data_checksums")
     assert [query(url, f"SHOW {name}") for name in settings] == ["on"] * 4
     assert query(url, "SHOW listen_addresses") == ""
-    assert query(url, "SELECT datlocprovider || datlocale FROM pg_database LIMIT 1") == "bC.UTF-8"
+    assert query(url, "SELECT datlocale FROM pg_database LIMIT 1") == "C.UTF-8"
     assert b"the-secret-key" not in Path(f"/proc/{postmaster(data_dir)}/environ").read_bytes()
     await server.stop()
     assert not server_processes(data_dir)
@@ -169,17 +177,22 @@ async def test_pid_of_a_dead_server_in_use_by_another_process(data_dir: Path) ->
     os.kill(postmaster(data_dir), signal.SIGKILL)
     wait_until_dead(data_dir)
     pid_file = data_dir / "postgres/data/postmaster.pid"
+    socket_lock = data_dir / "postgres/run/.s.PGSQL.5432.lock"
     # PostgreSQL takes any living process of its own user for its predecessor.
     owner = pid_file.stat().st_uid if os.geteuid() == 0 else None
-    with subprocess.Popen(["sleep", "600"], user=owner, stdin=subprocess.DEVNULL) as stranger:
-        lines = pid_file.read_text().splitlines(keepends=True)
-        pid_file.write_text("".join([f"{stranger.pid}\n", *lines[1:]]))
+    stranger = subprocess.Popen(["sleep", "600"], user=owner, stdin=subprocess.DEVNULL)
+    try:
+        for path in (pid_file, socket_lock):
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join([f"{stranger.pid}\n", *lines[1:]]))
         again = EmbeddedPostgres(data_dir)
         assert query(await again.start(), "SELECT 1") == "1"
         await server.stop()
         await again.stop()
         assert stranger.poll() is None
+    finally:
         stranger.kill()
+        stranger.wait()
 
 
 async def test_last_user_stops_the_server(data_dir: Path) -> None:
@@ -234,7 +247,7 @@ async def test_silent_server_is_left_alone(data_dir: Path) -> None:
     url = await owner.start()
     os.kill(postmaster(data_dir), signal.SIGSTOP)
     try:
-        with pytest.raises(SetupError, match="did not get ready in 0.5 s"):
+        with pytest.raises(SetupError, match=r"did not get ready in 0\.5 s"):
             await EmbeddedPostgres(data_dir, start_wait_s=0.5).start()
     finally:
         os.kill(postmaster(data_dir), signal.SIGCONT)
@@ -318,20 +331,20 @@ async def test_data_folder_that_is_a_file(tmp_path: Path) -> None:
 
 async def test_data_folder_that_cannot_be_written(tmp_path: Path) -> None:
     if os.geteuid() == 0:
-        with small_disk(tmp_path / "disk", "ro"):
-            with pytest.raises(SetupError, match="cannot use the data folder .*: Read-only file system"):
-                await EmbeddedPostgres(tmp_path / "disk").start()
+        read_only = pytest.raises(SetupError, match=r"cannot use the data folder .*: Read-only file system")
+        with small_disk(tmp_path / "disk", "ro"), read_only:
+            await EmbeddedPostgres(tmp_path / "disk").start()
     else:
         (tmp_path / "disk").mkdir(mode=0o500)
-        with pytest.raises(SetupError, match="cannot use the data folder .*: Permission denied"):
+        with pytest.raises(SetupError, match=r"cannot use the data folder .*: Permission denied"):
             await EmbeddedPostgres(tmp_path / "disk").start()
 
 
 @root_only
 async def test_disk_full_at_creation(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "size=10m"):
-        with pytest.raises(SetupError, match="no space is left for .*/disk/postgres"):
-            await EmbeddedPostgres(tmp_path / "disk").start()
+    full = pytest.raises(SetupError, match=r"no space is left for .*/disk/postgres")
+    with small_disk(tmp_path / "disk", "size=10m"), full:
+        await EmbeddedPostgres(tmp_path / "disk").start()
 
 
 @root_only
@@ -342,10 +355,9 @@ async def test_disk_full_at_a_later_start(tmp_path: Path) -> None:
         write(await server.start(), "kept")
         await server.stop()
         ballast = data_dir / "ballast"
-        with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(1 << 20))
-        with pytest.raises(SetupError, match="no space is left for .*/disk/postgres"):
+        with pytest.raises(OSError, match="No space left"):
+            fill(ballast)
+        with pytest.raises(SetupError, match=r"no space is left for .*/disk/postgres"):
             await server.start()
         ballast.unlink()
         assert query(await server.start(), "SELECT word FROM words") == "kept"
@@ -390,11 +402,11 @@ def test_ordinary_user(tmp_path: Path) -> None:
 
 
 def test_second_server_on_a_data_folder_is_refused(data_dir: Path) -> None:
-    with ServeLock(data_dir):
-        with pytest.raises(
-            SetupError, match=rf"another Taskyard server \(pid {os.getpid()}\) already uses {data_dir}"
-        ):
-            ServeLock(data_dir).__enter__()
+    text = (
+        rf"another Taskyard server \(pid {os.getpid()}\) already uses {data_dir}; stop it or give --data-dir"
+    )
+    with ServeLock(data_dir), pytest.raises(SetupError, match=text):
+        ServeLock(data_dir).__enter__()
     with ServeLock(data_dir):
         assert (data_dir / "serve.lock").read_text() == f"{os.getpid()}\n"
 

@@ -46,7 +46,9 @@ async def test_appends_at_the_same_time_lose_nothing(database: Database) -> None
 async def test_times_in_ids_never_run_backwards(database: Database) -> None:
     run_id = await make_run(database)
     await append(database, run_id, entry("now"))
-    await database.execute("UPDATE run_cursors SET last_ms = last_ms + 100000 WHERE run_id = %(run)s", run=run_id)
+    await database.execute(
+        "UPDATE run_cursors SET last_ms = last_ms + 100000 WHERE run_id = %(run)s", run=run_id
+    )
     await append(database, run_id, entry("after the clock went back"))
     first, second = await store.read(database, run_id, Shown.BOTH, after=0, limit=10)
     assert second.at_ms >= first.at_ms + 100000
@@ -57,7 +59,9 @@ async def test_log_and_stream_see_their_part(database: Database) -> None:
     await append(database, run_id, entry("both"), entry("log", Shown.LOG), entry("stream", Shown.STREAM))
 
     async def seen(shown: Shown) -> list[str]:
-        return [json.loads(item.data) for item in await store.read(database, run_id, shown, after=0, limit=10)]
+        return [
+            json.loads(item.data) for item in await store.read(database, run_id, shown, after=0, limit=10)
+        ]
 
     assert await seen(Shown.LOG) == ["both", "log"]
     assert await seen(Shown.STREAM) == ["both", "stream"]
@@ -78,7 +82,9 @@ async def test_a_lost_lease_writes_nothing(database: Database) -> None:
     assert first is not None
     assert await runs.claim(database, run_id, "two") is None
     await append(database, run_id, entry("mine"), generation=first.generation)
-    await database.execute("UPDATE run_cursors SET leased_until = now() - interval '1 s' WHERE run_id = %(run)s", run=run_id)
+    await database.execute(
+        "UPDATE run_cursors SET leased_until = now() - interval '1 s' WHERE run_id = %(run)s", run=run_id
+    )
     second = await runs.claim(database, run_id, "two")
     assert second is not None
     assert second.generation == first.generation + 1

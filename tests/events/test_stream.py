@@ -12,7 +12,7 @@ import pytest
 from taskyard.db.engine import Database
 from taskyard.db.hub import Hub
 from taskyard.events import store, stream
-from taskyard.events.entries import Entry
+from taskyard.events.entries import Entry, Shown
 from tests.support.rows import make_run
 
 
@@ -42,7 +42,7 @@ async def next_frame(frames: AsyncIterator[bytes]) -> str:
 async def test_frames_are_exact(database: Database, hub: Hub) -> None:
     run_id = await make_run(database)
     await append(database, run_id, "ä")
-    [stored] = await store.read(database, run_id, stream.Shown.STREAM, after=0, limit=1)
+    [stored] = await store.read(database, run_id, Shown.STREAM, after=0, limit=1)
     frame = await next_frame(stream.frames(database, hub, run_id, after=0))
     assert frame == f'id: {stored.at_ms}-1\ndata: "\\u00e4"\n\n'
 
@@ -64,11 +64,15 @@ async def test_resume_skips_and_repeats_nothing(database: Database, hub: Hub) ->
     run_id = await make_run(database)
     await append(database, run_id, *(str(n) for n in range(1200)))
     await end(database, run_id)
-    whole = "".join([f.decode() async for f in stream.frames(database, hub, run_id, after=0)]).split("\n\n")[:-1]
+    whole = "".join([f.decode() async for f in stream.frames(database, hub, run_id, after=0)]).split("\n\n")[
+        :-1
+    ]
     assert len(whole) == 1200
     after = stream.position(whole[699].split("\n")[0].removeprefix("id: "))
     assert after is not None
-    rest = "".join([f.decode() async for f in stream.frames(database, hub, run_id, after=after)]).split("\n\n")[:-1]
+    rest = "".join([f.decode() async for f in stream.frames(database, hub, run_id, after=after)]).split(
+        "\n\n"
+    )[:-1]
     assert rest == whole[700:]
 
 

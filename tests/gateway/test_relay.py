@@ -6,13 +6,13 @@ import asyncio
 import hashlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from tests.support.door import KEY, Door, Exchange, open_door, open_upstream
+from tests.support.door import KEY, Door, Exchange, eventually, open_door, open_upstream
 
 MESSAGES = "/anthropic/v1/messages"
 
@@ -21,13 +21,6 @@ def post(target: str, body: bytes = b"", headers: str = "") -> bytes:
     return (
         f"POST {target} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
     )
-
-
-async def eventually(condition: Callable[[], bool], message: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, message
-        await asyncio.sleep(0.01)
 
 
 async def at_eof(exchange: Exchange) -> None:
@@ -78,15 +71,20 @@ async def test_a_stream_is_not_held_up() -> None:
             await go_on.wait()
         await exchange.send(b"0\r\n\r\n")
 
-    async with open_upstream(handler) as (url, _), open_door(url) as door, asyncio.timeout(60):
-        async with httpx.AsyncClient(base_url=door.url) as client, client.stream("POST", MESSAGES) as answer:
-            # the head is here although the upstream waits with the first byte
-            assert answer.headers["content-type"] == "text/event-stream"
-            pieces = []
-            go_on.set()
-            async for piece in answer.aiter_raw():
-                pieces.append(piece)
-                go_on.set()  # the next piece is made only after this one has arrived
+    pieces = []
+    async with (
+        open_upstream(handler) as (url, _),
+        open_door(url) as door,
+        asyncio.timeout(60),
+        httpx.AsyncClient(base_url=door.url) as client,
+        client.stream("POST", MESSAGES) as answer,
+    ):
+        # the head is here although the upstream waits with the first byte
+        assert answer.headers["content-type"] == "text/event-stream"
+        go_on.set()
+        async for piece in answer.aiter_raw():
+            pieces.append(piece)
+            go_on.set()  # the next piece is made only after this one has arrived
     assert pieces == [b"a", b"bc", b"def"]
 
 
@@ -94,14 +92,12 @@ async def test_a_request_is_not_held_up_either() -> None:
     arrived = asyncio.Event()
 
     async def handler(exchange: Exchange) -> None:
-        while b"first" not in exchange.body:
-            exchange.body += await exchange.reader.read(100)
+        await exchange.read_until(b"first")
         arrived.set()
-        while b"last" not in exchange.body:
-            exchange.body += await exchange.reader.read(100)
+        await exchange.read_until(b"last")
         await exchange.answer(b"done", headers="Connection: close\r\n")
 
-    async def body() -> object:
+    async def body() -> AsyncIterator[bytes]:
         yield b"first"
         await arrived.wait()
         yield b"last"
@@ -110,9 +106,9 @@ async def test_a_request_is_not_held_up_either() -> None:
         open_upstream(handler, read_body=False) as (url, _),
         open_door(url) as door,
         asyncio.timeout(60),
+        httpx.AsyncClient(base_url=door.url) as client,
     ):
-        async with httpx.AsyncClient(base_url=door.url) as client:
-            assert (await client.post(MESSAGES, content=body())).text == "done"  # type: ignore[arg-type]  # a generator
+        assert (await client.post(MESSAGES, content=body())).text == "done"
 
 
 async def test_big_bodies_both_ways() -> None:
@@ -123,16 +119,15 @@ async def test_big_bodies_both_ways() -> None:
         digest = hashlib.sha256(exchange.body).hexdigest()
         await exchange.answer(down, headers=f"X-Digest: {digest}\r\n")
 
-    async def chunks() -> object:
+    async def chunks() -> AsyncIterator[bytes]:
         for start in range(0, size, 1 << 20):
             yield up[start : start + (1 << 20)]
 
     async with open_upstream(handler) as (url, seen), open_door(url) as door:
-        async with httpx.AsyncClient(base_url=door.url, timeout=60) as client:
-            for content in (up, chunks()):
-                answer = await client.post(MESSAGES, content=content)  # type: ignore[arg-type]  # a generator
-                assert answer.content == down
-                assert answer.headers["x-digest"] == hashlib.sha256(up).hexdigest()
+        for content in (up, chunks()):
+            answer = await door.post(MESSAGES, content)
+            assert answer.content == down
+            assert answer.headers["x-digest"] == hashlib.sha256(up).hexdigest()
     assert seen[0].headers["content-length"] == [str(size)]
     assert seen[1].headers["transfer-encoding"] == ["chunked"]
 
@@ -173,7 +168,7 @@ async def test_keep_alive_and_pipelining() -> None:
     async with open_upstream(handler) as (url, seen), open_door(url) as door:
         sent = b"".join(post(f"{MESSAGES}?n={i}", b"x" * i) for i in range(20))
         got = await door.send(sent + post(f"{MESSAGES}?n=20", b"", "Connection: close\r\n"))
-        answers = got.split(b"HTTP/1.1 200 X\r\n")[1:]
+        answers = got.split(b"HTTP/1.1 200 \r\n")[1:]
         assert [a.partition(b"\r\n\r\n")[2] for a in answers] == [
             b"/v1/messages?n=%d" % i + b"x" * i for i in range(20)
         ] + [b"/v1/messages?n=20"]
@@ -245,8 +240,7 @@ async def test_a_client_that_leaves_ends_the_upstream_call(when: str) -> None:
 
 async def test_a_client_that_leaves_in_its_body_ends_the_upstream_call() -> None:
     async def handler(exchange: Exchange) -> None:
-        await exchange.reader.readuntil(b"part")
-        exchange.body = b"part"
+        await exchange.read_until(b"part")
         await at_eof(exchange)
         exchange.body += b" and end"
 
@@ -287,10 +281,10 @@ async def test_an_upstream_that_fails_gives_502(provider: str, fault: str) -> No
         exchange.writer.close()
 
     target = MESSAGES if provider == "anthropic" else "/openai/v1/responses"
-    async with open_upstream(handler) as (url, _):
-        if fault == "unreachable":
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
+    async with open_upstream(handler) as (faulty, _):
+        url = nobody if fault == "unreachable" else faulty
         async with open_door(url) as door, httpx.AsyncClient(base_url=door.url) as client:
             with capture_logs() as logs:
                 answers = [await client.post(target, content=b"{}") for _ in range(2)]
@@ -313,8 +307,7 @@ async def test_an_error_that_quotes_the_key() -> None:
         await exchange.answer(said, status=401, headers=f"WWW-Authenticate: Bearer {KEY}\r\n")
 
     async with open_upstream(handler) as (url, _), open_door(url) as door:
-        async with httpx.AsyncClient(base_url=door.url) as client:
-            answer = await client.post(MESSAGES)
+        answer = await door.post(MESSAGES)
     assert answer.status_code == 401
     assert answer.json()["error"]["message"] == "bad key " + "*" * len(KEY)
     assert KEY not in str(answer.headers)
@@ -325,8 +318,7 @@ async def test_a_redirect_is_not_followed() -> None:
         await exchange.answer(b"", status=307, headers="Location: http://127.0.0.1:9/\r\n")
 
     async with open_upstream(handler) as (url, seen), open_door(url) as door:
-        async with httpx.AsyncClient(base_url=door.url) as client:
-            assert (await client.post(MESSAGES)).status_code == 307
+        assert (await door.post(MESSAGES)).status_code == 307
     assert len(seen) == 1
 
 
@@ -375,9 +367,10 @@ async def test_close_ends_everything_at_once() -> None:
         assert time.monotonic() - started < 1
         await ended.wait()
         for reader, writer in ((busy_reader, busy), (idle_reader, idle)):
-            with pytest.raises(ConnectionResetError):
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
                 await reader.readexactly(100)
             writer.close()
+            await writer.wait_closed()
         with pytest.raises(ConnectionRefusedError):
             await door.connect()
         await door.gateway.close()
@@ -399,3 +392,26 @@ async def test_several_listeners() -> None:
             door.port = door_port
             assert (await door.send(post(MESSAGES, b"", "Connection: close\r\n"))).endswith(b"ok")
     assert len(door.calls) == 2
+
+
+async def test_an_answer_before_the_end_of_the_request() -> None:
+    """The upstream turns a large upload down, and reads on so that the sender can see the answer."""
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(b"too much", status=413, headers="Connection: close\r\n")
+        exchange.writer.write_eof()
+        await exchange.reader.read()
+
+    async with open_upstream(handler, read_body=False) as (url, _), open_door(url) as door:
+        got = await door.send(post(MESSAGES, bytes(8 * 1024 * 1024), "Connection: close\r\n"))
+    assert got.startswith(b"HTTP/1.1 413")
+    assert got.endswith(b"too much")
+
+
+async def test_an_error_before_the_end_of_the_request_ends_the_connection() -> None:
+    async with open_door() as door:  # nobody listens at the upstream
+        with capture_logs():
+            got = await door.send(post(MESSAGES, bytes(8 * 1024 * 1024)))
+    assert got.startswith(b"HTTP/1.1 502")
+    assert b"connection: close" in got
+    assert door.calls[0].status == 502

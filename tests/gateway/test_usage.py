@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,8 @@ event: ping
 data: {"type": "ping"}
 
 event: content_block_delta
-data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"\\"usage\\": {\\"output_tokens\\": 9}"}}
+data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"\\"usage\\":\
+ {\\"output_tokens\\": 9}"}}
 
 event: content_block_stop
 data: {"type":"content_block_stop","index":0}
@@ -212,7 +214,7 @@ def test_sse_round_trip(events: list[list[str]], line_end: bytes, data: st.DataO
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=8))
     edges = [0, *sorted(cuts), len(stream)]
     parser = SseParser()
-    got = [e for a, b in zip(edges, edges[1:], strict=False) for e in parser.feed(stream[a:b])]
+    got = [e for a, b in pairwise(edges) for e in parser.feed(stream[a:b])]
     got += parser.feed(b"\n")  # a CR that ends the stream is held until something follows
     assert got == ["\n".join(lines).encode() for lines in events]
 

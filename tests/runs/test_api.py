@@ -15,7 +15,9 @@ CLAUDE = {"runtime_adapter": "claude", "model": "claude-sonnet-4-6"}
 async def test_run_answers_with_the_task(yard: Yard) -> None:
     api = yard.api()
     task = await api.create_task()
-    response = await api.post(f"tasks/{task['id']}/run/", headers={"Content-Type": "application/json"}, content=b"")
+    response = await api.post(
+        f"tasks/{task['id']}/run/", headers={"Content-Type": "application/json"}, content=b""
+    )
     run = ok(response)["latest_run"]
     assert (run["task"], run["status"], run["environment"], run["state"]) == (
         task["id"], "queued", "cloud", {"mode": "background"},
@@ -36,7 +38,11 @@ async def test_fields_go_to_the_state(yard: Yard) -> None:
     }  # fmt: skip
     run = ok(await api.post(f"tasks/{task['id']}/run/", sent))["latest_run"]
     kept = {key: sent[key] for key in sent if key not in ("branch", "pending_user_message")}
-    assert run["state"] == kept | {"provider": "anthropic", "pr_base_branch": "main", "pending_user_message": "hello"}
+    assert run["state"] == kept | {
+        "provider": "anthropic",
+        "pr_base_branch": "main",
+        "pending_user_message": "hello",
+    }
     assert (run["branch"], run["runtime_adapter"], run["provider"], run["model"], run["reasoning_effort"]) == (
         "main", "claude", "anthropic", "claude-sonnet-4-6", "high",
     )  # fmt: skip
@@ -72,7 +78,9 @@ async def test_effort_refusal_names_what_is_allowed(yard: Yard) -> None:
     api = yard.api()
     task = await api.create_task()
     body = {"runtime_adapter": "codex", "model": "gpt-5.4", "reasoning_effort": "max"}
-    refused = error(await api.post(f"tasks/{task['id']}/run/", body), 400, "invalid_input", "reasoning_effort")
+    refused = error(
+        await api.post(f"tasks/{task['id']}/run/", body), 400, "invalid_input", "reasoning_effort"
+    )
     assert refused["detail"] == (
         "Reasoning effort 'max' is not supported for runtime_adapter 'codex' and model 'gpt-5.4'. "
         "Supported values: low, medium, high."
@@ -87,7 +95,10 @@ async def test_hand_built_refusals(yard: Yard) -> None:
         ({"sandbox_environment_id": str(uuid.uuid4())}, {"detail": "Invalid sandbox_environment_id"}),
         (
             {"pending_user_artifact_ids": ["a"]},
-            {"detail": "Some pending_user_artifact_ids are invalid or expired", "missing_artifact_ids": ["a"]},
+            {
+                "detail": "Some pending_user_artifact_ids are invalid or expired",
+                "missing_artifact_ids": ["a"],
+            },
         ),
     ):
         response = await api.post(f"tasks/{task['id']}/run/", body)
@@ -142,7 +153,9 @@ async def test_bad_patch(yard: Yard) -> None:
     run = await api.start()
     error(await api.patch(run.path(), {"status": "lost"}), 400, "invalid_choice", "status")
     error(await api.patch(run.path(), {"status": None}), 400, "null", "status")
-    error(await api.patch(f"tasks/{run.task_id}/runs/{uuid.uuid4()}/", {"status": "failed"}), 404, "not_found")
+    error(
+        await api.patch(f"tasks/{run.task_id}/runs/{uuid.uuid4()}/", {"status": "failed"}), 404, "not_found"
+    )
     for method in ("PUT", "DELETE"):
         error(await api.request(method, run.path(), json={}), 405, "method_not_allowed")
 
@@ -170,7 +183,9 @@ async def test_stream_needs_no_slash_and_says_no_cache(yard: Yard) -> None:
     assert (response.headers["cache-control"], response.headers["x-accel-buffering"]) == ("no-cache", "no")
     assert await run.stream(start="latest") == []
     first = (await run.stream())[0][0]
-    assert [event["status"] for _, event in await run.stream(last_event_id=first, start="latest")] == ["cancelled"]
+    assert [event["status"] for _, event in await run.stream(last_event_id=first, start="latest")] == [
+        "cancelled"
+    ]
     error(await api.get(f"tasks/{run.task_id}/runs/{uuid.uuid4()}/stream/"), 404, "not_found")
 
 
@@ -186,7 +201,12 @@ async def test_log_url_needs_no_credentials(yard: Yard) -> None:
     )
     response = await yard.client.get(url)
     assert (response.status_code, response.text) == (200, '{"a": 1}')
-    for broken in (url[:-1], url.replace("expires=", "expires=1"), url.split("?")[0], url.replace(run.id, str(uuid.uuid4()))):
+    for broken in (
+        url[:-1],
+        url.replace("expires=", "expires=1"),
+        url.split("?")[0],
+        url.replace(run.id, str(uuid.uuid4())),
+    ):
         error(await yard.client.get(broken), 404, "not_found")
 
 

@@ -21,7 +21,7 @@ from taskyard.agents.acp import METHOD_NOT_FOUND, AcpConnection, AcpError
 
 Json = dict[str, Any]
 
-DEADLINE_S = 60.0
+DEADLINE_S = 8.0
 
 PRELUDE = """
 import json, os, sys, time

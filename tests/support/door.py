@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import h11
+import httpx
 
 from taskyard.gateway.server import Gateway, ModelCall, ModelRoute, Policy, Refusal
 
 KEY = "sk-test-0123456789-very-secret"
+
+
+async def eventually(condition: Callable[[], bool], message: str) -> None:
+    """Wait up to a minute for it."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, message
+        await asyncio.sleep(0.01)
 
 
 @dataclass
@@ -30,6 +40,10 @@ class Door:
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def post(self, target: str, body: bytes | AsyncIterator[bytes] = b"") -> httpx.Response:
+        async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
+            return await client.post(target, content=body)
 
     async def send(self, request: bytes) -> bytes:
         """Everything that comes back on a fresh connection until it is closed."""
@@ -75,6 +89,13 @@ class Exchange:
     headers: dict[str, list[str]] = field(default_factory=dict)
     body: bytes = b""
 
+    async def read_until(self, token: bytes) -> None:
+        """Add to `body`, raw, until the token is in it."""
+        while token not in self.body:
+            data = await self.reader.read(65536)
+            assert data, f"the request ended before {token!r}"
+            self.body += data
+
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
         await self.writer.drain()
@@ -115,6 +136,7 @@ async def open_upstream(
                         exchange.headers.setdefault(name.decode(), []).append(value.decode())
                     seen.append(exchange)
                     if not read_body:
+                        exchange.body = http.trailing_data[0]
                         await handler(exchange)
                         return
                 elif isinstance(event, h11.Data):

@@ -39,8 +39,9 @@ class Seen:
 class Connection:
     """How the server treats one connection to the stream.
 
-    `upto`: events' bytes to send before the end, None for all; `end`: in good order, or cut; `piece`: size of the
-    pieces; `gate`: waited for after the first piece; `status` other than 200: a refusal; `before` and `after`: bytes put around the events.
+    `upto`: bytes of the events to send before the end, None for all; `end`: in good order, or cut;
+    `piece`: size of the pieces; `gate`: waited for after the first piece; `status` other than 200: a
+    refusal; `before` and `after`: bytes put around the events.
     """
 
     upto: int | None = None
@@ -93,6 +94,13 @@ def message(number: int, text: str, ensure_ascii: bool = True) -> tuple[str, str
     notification = {"method": "session/update", "params": {"update": update}}
     entry = {"type": "notification", "notification": notification}
     return f"1700000000000-{number}", json.dumps(entry, ensure_ascii=ensure_ascii)
+
+
+def progress(number: int, label: str) -> tuple[str, str]:
+    """A finished step as an event of the stream."""
+    params = {"step": label, "status": "completed", "label": label, "group": "setup"}
+    notification = {"method": "_posthog/progress", "params": params}
+    return f"1700000000000-{number}", json.dumps({"type": "notification", "notification": notification})
 
 
 class _Handler(BaseHTTPRequestHandler):

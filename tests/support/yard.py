@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -18,6 +18,7 @@ from taskyard.settings import Settings
 
 Json = dict[str, Any]
 DEADLINE_S = 60.0
+T = TypeVar("T")
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Api:
     """Calls with one key, relative to the project."""
 
     client: httpx.AsyncClient
+    database: Database
     project: int | str
     key: str | None
 
@@ -97,6 +99,13 @@ class Run:
             lambda log: f"{count} turns; the log ends {log[-3:]}",
         )
 
+    async def stream_text(self) -> str:
+        """What is on the stream by now, as text: for waiting; the record itself is asked."""
+        rows = await self.api.database.fetch(
+            "SELECT data FROM events WHERE run_id = %(run)s ORDER BY seq", run=self.id
+        )
+        return "\n".join(row["data"] for row in rows)
+
     async def stream(self, last_event_id: str | None = None, **query: str) -> list[tuple[str, Json]]:
         """The whole stream until the server ends it: event ids and payloads, keepalives left out."""
         headers = {"Accept": "text/event-stream"}
@@ -151,7 +160,7 @@ class Yard:
     users: dict[str, int] = field(default_factory=dict)
 
     def api(self, key: str | None = "ada", project: int | str | None = None) -> Api:
-        return Api(self.client, project or self.project, self.keys[key] if key else None)
+        return Api(self.client, self.database, project or self.project, self.keys[key] if key else None)
 
 
 @asynccontextmanager
@@ -192,7 +201,9 @@ def error(response: httpx.Response, status: int, code: str, attr: str | None = N
     return dict(body)
 
 
-async def eventually(probe: Callable[[], Any], good: Callable[[Any], bool], message: Callable[[Any], str]) -> Any:
+async def eventually(
+    probe: Callable[[], Awaitable[T]], good: Callable[[T], bool], message: Callable[[T], str]
+) -> T:
     """Call the probe until its value is good, for at most DEADLINE_S seconds."""
     end = asyncio.get_running_loop().time() + DEADLINE_S
     while True:

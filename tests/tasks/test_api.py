@@ -18,7 +18,9 @@ KEYS = [
 
 async def test_create_and_retrieve(yard: Yard) -> None:
     api = yard.api()
-    task = await api.create_task(title=" Fix it ", description="Please", repository="Acme/Shop", ci_prompt="Look")
+    task = await api.create_task(
+        title=" Fix it ", description="Please", repository="Acme/Shop", ci_prompt="Look"
+    )
     assert list(task) == KEYS
     assert (task["title"], task["title_manually_set"], task["repository"]) == ("Fix it", True, "acme/shop")
     assert (task["latest_run"], task["task_number"], task["slug"]) == (None, 0, "TES-0")
@@ -30,12 +32,22 @@ async def test_create_and_retrieve(yard: Yard) -> None:
 async def test_nothing_is_required(yard: Yard) -> None:
     response = await yard.api().post("tasks/", headers={"Content-Type": "application/json"}, content=b"")
     task = ok(response, 201)
-    assert (task["title"], task["description"], task["repository"], task["title_manually_set"]) == ("", "", None, False)
+    assert (task["title"], task["description"], task["repository"], task["title_manually_set"]) == (
+        "",
+        "",
+        None,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
     ("description", "title"),
-    [("Fix the login\nand more", "Fix the login"), ("x" * 61, "x" * 57 + "..."), ("y" * 60, "y" * 60), ("  ", "")],
+    [
+        ("Fix the login\nand more", "Fix the login"),
+        ("x" * 61, "x" * 57 + "..."),
+        ("y" * 60, "y" * 60),
+        ("  ", ""),
+    ],
 )
 async def test_title_from_description(yard: Yard, description: str, title: str) -> None:
     task = await yard.api().create_task(description=description)
@@ -112,7 +124,12 @@ async def test_bad_fields(yard: Yard, body: dict[str, object], code: str, attr: 
 
 
 async def test_schema_that_is_none_is_refused(yard: Yard) -> None:
-    refused = error(await yard.api().post("tasks/", {"json_schema": {"type": "numbr"}}), 400, "invalid_input", "json_schema")
+    refused = error(
+        await yard.api().post("tasks/", {"json_schema": {"type": "numbr"}}),
+        400,
+        "invalid_input",
+        "json_schema",
+    )
     assert "'numbr' is not valid" in refused["detail"]
 
 
@@ -122,7 +139,11 @@ async def test_bodies(yard: Yard) -> None:
     error(await api.post("tasks/", content=b'{"a": ', headers=json_type), 400, "parse_error")
     error(await api.post("tasks/", content=b"[1]", headers=json_type), 400, "invalid_input")
     error(await api.post("tasks/", content=b"[" * 100_000, headers=json_type), 400, "parse_error")
-    error(await api.post("tasks/", content=b"a=1", headers={"Content-Type": "text/plain"}), 415, "unsupported_media_type")
+    error(
+        await api.post("tasks/", content=b"a=1", headers={"Content-Type": "text/plain"}),
+        415,
+        "unsupported_media_type",
+    )
 
 
 async def test_paths(yard: Yard) -> None:

@@ -179,7 +179,8 @@ class AcpConnection:
     ) -> Session:
         """Open an earlier session, by session/resume if offered, else session/load.
 
-        The history that session/load replays is not given to on_update: the record has it already.
+        The history that session/load replays is not given to on_update: the record has it already. Set the
+        mode again: Claude keeps it, Codex starts in its first one.
         """
         params = {
             "sessionId": session_id,

@@ -317,15 +317,17 @@ def _codex(settings: Settings) -> Adapter:
         },
         # In its config: its options refuse a model, or an effort for a model, that it does not know.
         launch_env={"CODEX_CONFIG": config},
-        # `agent`, its own default, lets a model decide permissions; the contract's `auto` asks the client.
+        # Codex's own sandbox cannot be nested in the server's: in its modes `read-only` and `workspace-write`
+        # a command fails until the model asks for permission to run it outside. That is what `read-only`
+        # means; but `auto` is to ask for nothing inside the workspace, and the server's sandbox already
+        # denies all the rest. (`agent`, Codex's default, has a paid model decide.)
         modes={
-            "auto": "workspace-write",
+            "auto": "agent-full-access",
             "read-only": "read-only",
             "full-access": "agent-full-access",
             "plan": "read-only",
         },
         mode_options={"plan": {"collaboration_mode": "plan"}},
-        # The server's sandbox is the boundary, and Codex's own cannot be nested in it.
         default_mode="full-access",
         default_model="gpt-5.5",
         provider="openai",

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from taskyard.cli.options import load_settings
 from taskyard.errors import SetupError
 
 if TYPE_CHECKING:
+    from taskyard.agents.adapters import Adapter
     from taskyard.settings import Settings
 
 START_S = 120.0
@@ -62,6 +63,9 @@ SCRIPT = "\n".join(
         "SAY The tests pass now, and the fix is committed.",
     ]
 )
+
+
+SCRIPTED = "No model is used: the scripted agent plays a fixed script."
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,18 @@ def choose_agent(settings: Settings) -> Agent:
             return Agent(
                 name, REQUEST, f"{adapter.title} will work on it, with your {VENDOR_KEYS[vendor]}.", env
             )
-    remark = (
-        "No model is used: the scripted agent plays a fixed script (for a real one set ANTHROPIC_API_KEY or "
-        "OPENAI_API_KEY and run `taskyard agents install claude codex`)."
-    )
-    return Agent("scripted", SCRIPT, remark, {})
+    return Agent("scripted", SCRIPT, f"{SCRIPTED}\n{_way_to_a_real_one(known)}", {})
+
+
+def _way_to_a_real_one(known: Mapping[str, Adapter]) -> str:
+    from taskyard.cli.config import VENDOR_KEYS
+
+    steps = []
+    if not any(os.environ.get(variable) for variable in VENDOR_KEYS.values()):
+        steps.append("set ANTHROPIC_API_KEY")
+    if not known["claude"].installed or not steps:
+        steps.append("run `taskyard agents install claude`")
+    return f"(For a real agent: {', '.join(steps)}.)"
 
 
 def make_repository(folder: Path) -> Path:

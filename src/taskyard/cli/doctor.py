@@ -58,7 +58,8 @@ def doctor(data_dir: DataDir = None, as_json: AsJson = False) -> None:
 def show(problem: Problem) -> None:
     """One line ✓, ! or ✗, and the remedy below it."""
     mark = "✓" if problem.ok else ("✗" if problem.fatal else "!")
-    typer.echo(f"{mark} {problem.name}: {problem.detail}")
+    detail = problem.detail.replace("\n", "\n    ")
+    typer.echo(f"{mark} {problem.name}: {detail}")
     if not problem.ok and problem.remedy:
         typer.echo(f"    {problem.remedy}")
 

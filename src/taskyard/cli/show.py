@@ -166,6 +166,7 @@ class Renderer:
             self._print("notice", Text("The agent shortens its memory of the conversation.", "dim"))
 
     def _turn_complete(self, event: Event) -> None:
+        self._end_text()
         self._open_tools()
         self._said = self._asked = ""
         note = STOP_NOTES.get(str(event.params.get("stopReason")))

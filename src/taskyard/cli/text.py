@@ -77,7 +77,7 @@ class Prose:
                 self._write("\n")
                 self._column, self._blank, self._margin = 0, "", self._indent
             elif piece[0] == " ":
-                self._blank = piece
+                self._blank += piece
             else:
                 self._word(piece)
 

@@ -32,7 +32,7 @@ class AsyncTaskyard:
         self.endpoint = Endpoint.of(url, api_key, project)
         try:
             self._http = httpx.AsyncClient(**self.endpoint.options(), transport=transport)
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, ValueError) as error:
             raise unreachable(self.endpoint.url, error) from error
 
     async def close(self) -> None:

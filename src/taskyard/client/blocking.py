@@ -37,7 +37,7 @@ class Taskyard:
         self.endpoint = Endpoint.of(url, api_key, project)
         try:
             self._http = httpx.Client(**self.endpoint.options(), transport=transport)
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, ValueError) as error:
             raise unreachable(self.endpoint.url, error) from error
 
     def close(self) -> None:

@@ -29,9 +29,9 @@ class StreamLostError(UnreachableError):
     """A stream broke more often in a row than was allowed."""
 
 
-def unreachable(url: str, error: httpx.HTTPError | httpx.InvalidURL) -> UnreachableError:
+def unreachable(url: str, error: httpx.HTTPError | httpx.InvalidURL | ValueError) -> UnreachableError:
     """The error for a request that got no answer."""
-    if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
+    if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol | ValueError):
         return UnreachableError(f"{url!r} is not the URL of a server: {reason(error)}")
     return UnreachableError(f"cannot reach the server at {url}: {reason(error)}")
 

@@ -49,7 +49,7 @@ class Following:
         self._run_over = False
         """The run was over before the newest connection was opened."""
         self._told = False
-        """The newest connection brought the run's end."""
+        """The newest connection's last event was the run's end."""
         self._clean = False
         """The newest connection was closed by the server in good order."""
         self._progress = False
@@ -58,10 +58,10 @@ class Following:
     def finished(self, run: Run) -> bool:
         """Whether everything was seen. If not, a connection is to be opened.
 
-        A connection can end for reasons of its own just before the run does. So an ended run is enough
-        only when the stream told its end, or was opened when the run had ended already.
+        A connection can end for reasons of its own, in good order too. So an ended run is not enough: the
+        stream's last event told its end, or a stream of the ended run had nothing more to give.
         """
-        if run.is_terminal and self._clean and (self._run_over or self._told):
+        if run.is_terminal and self._clean and (self._told or (self._run_over and not self._progress)):
             return True
         self._run_over = run.is_terminal
         self._told = self._clean = self._progress = False
@@ -86,13 +86,12 @@ class Following:
                 continue
             self.last_event_id = frame.id or self.last_event_id
             self._delay, self._failures, self._progress = FIRST_DELAY_S, 0, True
-            if event.type == "task_run_state":
-                self._told = event.data.get("status") in models.TERMINAL
+            self._told = event.type == "task_run_state" and event.data.get("status") in models.TERMINAL
             yield event
 
     def ended(self) -> float:
         """Seconds to wait after the server closed the connection: none when it had something to say."""
-        self._clean = True
+        self._clean = not self._parser.partial
         return 0.0 if self._progress or self._run_over else self._next_delay()
 
     def failed(self, error: Exception) -> float:

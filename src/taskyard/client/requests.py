@@ -80,7 +80,11 @@ class Endpoint:
 
 def is_local(url: str) -> bool:
     """True when a URL names this machine's loopback interface."""
-    return (urlsplit(url).hostname or "") in ("localhost", "127.0.0.1", "::1")
+    try:
+        host = urlsplit(url).hostname
+    except ValueError:
+        return False
+    return host in ("localhost", "127.0.0.1", "::1")
 
 
 def run_path(task_id: str, run_id: str, rest: str = "") -> str:

@@ -24,6 +24,11 @@ class Lines:
         """What came after the last line end."""
         return self._take()
 
+    @property
+    def partial(self) -> bool:
+        """Whether the last line has no end yet."""
+        return any(self._pieces)
+
     def _take(self) -> str:
         line = b"".join(self._pieces)
         self._pieces.clear()
@@ -63,6 +68,11 @@ class Parser:
             if self._data:
                 yield Frame(self._event or "message", "\n".join(self._data), self._id)
             self._clear()
+
+    @property
+    def partial(self) -> bool:
+        """Whether a frame has begun that is not complete."""
+        return self._lines.partial or bool(self._data) or self._id is not None
 
     def _field(self, line: str) -> None:
         name, _, value = line.partition(":")

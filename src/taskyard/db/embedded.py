@@ -127,8 +127,11 @@ class EmbeddedPostgres:
 
     def _connect(self, server: Server, sockets: Path) -> str | None:
         """None when the server answers, else why not. Creates our database when it is missing."""
+        wait_s = max(2, min(10, int(self._start_wait_s)))
         try:
-            with psycopg.connect(url(sockets, "postgres"), autocommit=True, connect_timeout=5) as connection:
+            with psycopg.connect(
+                url(sockets, "postgres"), autocommit=True, connect_timeout=wait_s
+            ) as connection:
                 query = "SELECT 1 FROM pg_database WHERE datname = %s"
                 if connection.execute(query, [DATABASE]).fetchone() is None:
                     connection.execute("CREATE DATABASE taskyard")

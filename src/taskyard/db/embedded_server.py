@@ -51,7 +51,7 @@ class Server:
         if self._process is not None or not lock.try_acquire():
             return
         try:
-            self._discard_pid_file()
+            self._discard_pid_files(sockets)
             self._process = self._launch(programs, sockets, lock)
         finally:
             lock.release()  # the server has inherited it
@@ -129,11 +129,13 @@ class Server:
         finally:
             os.close(log)
 
-    def _discard_pid_file(self) -> None:
-        """Remove the pid file of a dead server whose number another process has now.
+    def _discard_pid_files(self, sockets: Path) -> None:
+        """Remove what a dead server left and another process's number may now be in.
 
         PostgreSQL would take that process for its predecessor and refuse to start.
         """
+        for name in (f".s.PGSQL.{PORT}", f".s.PGSQL.{PORT}.lock"):
+            (sockets / name).unlink(missing_ok=True)
         pid = self._pid_in_file()
         if pid is not None and not self._is_server(pid):
             (self._data / "postmaster.pid").unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from taskyard.db.hub import RUNS, Hub, Wake
 from taskyard.drive.failures import Ended, ErrorType, RunFailure, with_tail
 from taskyard.drive.prompt import PENDING_KEYS, content_blocks, first_prompt
 from taskyard.drive.recorder import Recorder
-from taskyard.drive.session import AgentSession, start_agent
+from taskyard.drive.session import AgentSession, start_agent, usage_state
 from taskyard.drive.work import Work
 from taskyard.errors import TaskyardError
 from taskyard.events import entries
@@ -291,7 +291,7 @@ class Driver:
 
     async def _save_usage(self, agent: AgentSession) -> None:
         if agent.usage.calls:
-            await self._change(state={"token_usage": agent.usage.as_dict()})
+            await self._change(state={"token_usage": usage_state(agent.usage)})
 
     async def _next_message(self) -> str:
         """Wait for the next message; the run completes when none comes for too long."""

@@ -194,7 +194,7 @@ async def _spawn(
     run_id = str(row["id"])
     gateway = Gateway(
         Policy(run_id, _routes(settings)),
-        on_refusal=lambda refusal: recorder.add(_refused(run_id, refusal)),
+        on_refusal=Refusals(run_id, recorder),
         on_usage=lambda call: recorder.add(_used(run_id, call)),
     )
     process = await sandbox.exec(
@@ -312,9 +312,40 @@ def _routes(settings: Settings) -> dict[str, ModelRoute]:
     }
 
 
-def _refused(run_id: str, refusal: Refusal) -> entries.Entry:
-    text = f"Network: refused {refusal.method} {refusal.target} ({refusal.reason})"
-    return entries.console(run_id, "warn", text)
+MAX_REFUSALS = 200
+
+
+class Refusals:
+    """Shows what the gateway refused: each thing once, and not without end, since the agent decides how often."""
+
+    def __init__(self, run_id: str, recorder: Recorder) -> None:
+        self._run_id = run_id
+        self._recorder = recorder
+        self._seen: set[tuple[str, str, str]] = set()
+
+    def __call__(self, refusal: Refusal) -> None:
+        key = (refusal.method, refusal.target, refusal.reason)
+        if key in self._seen or len(self._seen) >= MAX_REFUSALS:
+            return
+        self._seen.add(key)
+        text = f"Network: refused {refusal.method} {refusal.target}: {refusal.reason}"
+        if len(self._seen) == MAX_REFUSALS:
+            text += " (further refusals are not shown)"
+        self._recorder.add(entries.console(self._run_id, "warn", text))
+
+
+def usage_state(usage: Usage) -> Json:
+    """The counted model traffic, as it stands in a run's `state.token_usage`."""
+    counts: Json = {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cached_read_tokens": usage.cached_read_tokens,
+        "cached_write_tokens": usage.cached_write_tokens,
+        "model_calls": usage.calls,
+    }
+    if usage.models:
+        counts["models"] = {name: usage_state(one) for name, one in usage.models.items()}
+    return counts
 
 
 def _used(run_id: str, call: ModelCall) -> entries.Entry:

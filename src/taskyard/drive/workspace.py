@@ -280,7 +280,9 @@ def _folder(repository: str) -> str:
     if len(parts) != 2 or not all(
         re.fullmatch(r"[a-z0-9._-]+", part) and part not in {".", "..", ".git"} for part in parts
     ):
-        raise WorkspaceError(f"Failed to clone repository {repository}: its name is not of the form org/repo.")
+        raise WorkspaceError(
+            f"Failed to clone repository {repository}: its name is not of the form org/repo."
+        )
     return "/".join(parts)
 
 

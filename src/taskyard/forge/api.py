@@ -10,8 +10,7 @@ from pydantic import AfterValidator, StringConstraints
 from taskyard.accounts.caller import Caller, authorize
 from taskyard.forge import service
 from taskyard.http import answer, body
-from taskyard.schemas import Body, Filled, NotNull
-from taskyard.tasks.schemas import Title, repository_name
+from taskyard.schemas import Body, Filled, NotNull, Title, repository_name
 
 Req = Request[Caller, Any, Any]
 

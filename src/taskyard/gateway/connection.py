@@ -214,7 +214,7 @@ class Connection:
                 self._log_failure(admitted, error)
                 what = f"{admitted.provider} API could not be reached ({type(error).__name__})"
                 message = f"the {what}; the server's log says more."
-                await self._error(method, head.target.decode("ascii"), 502, message, [])
+                await self._error(method, head.target.decode("ascii"), 502, message, self._farewell())
                 return None
 
     async def _body(self) -> AsyncGenerator[bytes, None]:
@@ -244,7 +244,7 @@ class Connection:
     async def _relay(self, answer: httpx.Response, admitted: Admitted, meter: Meter) -> bool:
         """Pass the answer on as it comes; False when the upstream broke off."""
         key = admitted.route.api_key
-        headers = answer_headers(answer.headers.raw, key)
+        headers = answer_headers(answer.headers.raw, key) + self._farewell()
         # An error may quote the key that it did not like.
         mask = KeyMask(key if answer.status_code >= 400 else None)
         await self._send(h11.Response(status_code=answer.status_code, headers=headers))
@@ -255,12 +255,15 @@ class Connection:
                 await self._writer.drain()
         except httpx.TransportError as error:
             self._log_failure(admitted, error)
-            self._writer.transport.abort()  # the only way to tell that the answer is cut
-            raise ConnectionAbortedError from None
+            raise ConnectionAbortedError from None  # without the end of the message: the answer is cut
         if rest := mask.finish():
             await self._send(h11.Data(data=rest))
         await self._send(h11.EndOfMessage())
         return True
+
+    def _farewell(self) -> list[tuple[bytes, bytes]]:
+        """The header that ends the connection when the answer comes before the request was read to its end."""
+        return [] if self._http.their_state is h11.DONE else [(b"connection", b"close")]
 
     def _report(
         self, admitted: Admitted, meter: Meter | None, status: int, *, complete: bool, seconds: float

@@ -9,8 +9,6 @@ from litestar.params import FromPath
 from litestar.response import Stream
 
 from taskyard.accounts.caller import Caller, authorize
-from taskyard.commands import service as commands
-from taskyard.commands.schemas import Command
 from taskyard.db.engine import Row
 from taskyard.errors import NotFoundError
 from taskyard.events import log, stream
@@ -81,16 +79,6 @@ class RunController(Controller):
             after = await events.last_seq(database, row["id"]) if latest else 0
         frames = stream.frames(database, hub, row["id"], after=after)
         return Stream(frames, media_type="text/event-stream", headers=STREAM_HEADERS)
-
-    @post("/runs/{run_id:str}/command")
-    async def command(self, request: Req, task_id: FromPath[str], run_id: FromPath[str]) -> Response[bytes]:
-        """JSON-RPC to the agent (§6.6)."""
-        sent = await body(request, Command)
-        state = request.app.state
-        reply = await commands.send(
-            state.database, state.hub, request.user, path_uuid(task_id), path_uuid(run_id), sent
-        )
-        return answer(reply)
 
 
 async def find(request: Req, task_id: str, run_id: str) -> Row:

@@ -69,7 +69,7 @@ def check_runtime(body: RunTask) -> None:
         raise InvalidInputError(
             "This field requires runtime_adapter to be set.", attr="initial_permission_mode"
         )
-    if mode is not None and mode not in CONTRACT_MODES[adapter]:
+    if mode is not None and adapter is not None and mode not in CONTRACT_MODES[adapter]:
         supported = ", ".join(f"'{name}'" for name in CONTRACT_MODES[adapter])
         raise InvalidInputError(
             f"Invalid choice '{mode}' for runtime_adapter '{adapter}'. Supported values: {supported}.",

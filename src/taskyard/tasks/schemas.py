@@ -8,10 +8,10 @@ from uuid import UUID
 
 from jsonschema import SchemaError
 from jsonschema.validators import validator_for
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from taskyard.schemas import Body, Text
+from taskyard.schemas import Body, Text, Title, repository_name
 
 
 class OriginProduct(StrEnum):
@@ -43,16 +43,6 @@ class Relationship(StrEnum):
     IMPLEMENTATION = "implementation"
 
 
-def repository_name(value: str | None) -> str | None:
-    """`organization/repository` in lower case; null and "" stay as they are (§2.4)."""
-    if not value:
-        return value
-    parts = value.split("/")
-    if len(parts) != 2 or not all(parts):
-        raise PydanticCustomError("repository", "Repository must be in the format organization/repository")
-    return value.lower()
-
-
 def _json_schema(value: Any) -> Any:
     """A schema that is none is refused when it is written, not when an answer is checked against it (§2.5)."""
     if value is None:
@@ -66,9 +56,6 @@ def _json_schema(value: Any) -> Any:
             "json_schema", "json_schema is not a valid JSON Schema: {reason}", {"reason": error.message}
         ) from None
     return value
-
-
-Title = Annotated[Text, StringConstraints(max_length=255)]
 
 
 class TaskWrite(Body):

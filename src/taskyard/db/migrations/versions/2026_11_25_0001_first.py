@@ -159,6 +159,7 @@ JOBS_UP_TO = "03.04.00_50"
 
 def upgrade() -> None:
     connection = op.get_bind().connection.driver_connection
+    assert connection is not None
     connection.execute(TABLES)
     # The job engine's own migrations, up to a fixed one: what a later release adds comes with a later
     # revision here, so that every database goes through the same steps whatever release is installed.

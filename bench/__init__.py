@@ -1,0 +1,1 @@
+"""Benchmarks: what operations cost, measured on a real server of this checkout."""

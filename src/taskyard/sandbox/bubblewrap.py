@@ -1,0 +1,222 @@
+"""The provider for one machine: each command runs in its own bubblewrap sandbox over two persistent folders.
+
+bwrap never runs as root, which would be an escape: a server that is root gives each sandbox a uid of its own.
+Commands are started from the thread that made the sandbox only, since a sandbox dies with the thread that
+forked it (PR_SET_PDEATHSIG). The good side of that is that none outlives the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from taskyard.sandbox import cgroups, checks
+from taskyard.sandbox.cgroups import Cgroups
+from taskyard.sandbox.folder import Folder, check_id
+from taskyard.sandbox.identities import UidRange
+from taskyard.sandbox.launch import Host, command_line, door_command
+from taskyard.sandbox.listener import SOURCE, open_door
+from taskyard.sandbox.policy import Handed, Scene
+from taskyard.sandbox.process import BubblewrapProcess, start
+from taskyard.sandbox.provider import (
+    HOME,
+    WORKSPACE,
+    ListenerHandler,
+    Mount,
+    Problem,
+    SandboxError,
+    Spec,
+)
+from taskyard.settings import Settings
+
+
+class BubblewrapProvider:
+    """See provider.Provider."""
+
+    name = "bubblewrap"
+    capabilities = frozenset({"network:none", "network:listener", "stdin"})
+
+    def __init__(self, settings: Settings) -> None:
+        self._root = settings.data_dir / "sandboxes"
+        self._uid_range = settings.sandbox.uid_range
+        self._host: Host | None = None
+
+    async def check(self) -> list[Problem]:
+        """See provider.Provider. If nothing fatal is missing, a command is run in a sandbox of its own."""
+        problems = [
+            await checks.bubblewrap(),
+            checks.machine(),
+            checks.users(self._uid_range),
+            checks.limits(),
+        ]
+        if not any(problem.fatal for problem in problems):
+            problems.append(await checks.start(self))
+        return problems
+
+    async def create(self, spec: Spec) -> BubblewrapSandbox:
+        host = await self._ready()
+        path = self._root / check_id(spec.id)
+        try:
+            folder = await asyncio.to_thread(Folder.create, path, spec.limits, host.uids)
+        except OSError as error:
+            raise SandboxError(f"the folder of a sandbox cannot be made: {error}") from error
+        sandbox = BubblewrapSandbox(host, folder, spec.mounts)
+        try:
+            sandbox.limit()
+        except BaseException:
+            await asyncio.shield(sandbox.destroy())
+            raise
+        return sandbox
+
+    async def attach(self, sandbox_id: str) -> BubblewrapSandbox | None:
+        """See provider.Provider. The mounts of the spec are not kept: give them to each exec."""
+        host = await self._ready()
+        folder = await asyncio.to_thread(Folder.open, self._root / check_id(sandbox_id))
+        if folder is None:
+            return None
+        sandbox = BubblewrapSandbox(host, folder)
+        try:
+            sandbox.limit()
+        except BaseException:
+            folder.close()
+            raise
+        return sandbox
+
+    async def list(self) -> list[str]:
+        try:
+            return sorted(await asyncio.to_thread(os.listdir, self._root))
+        except FileNotFoundError:
+            return []
+
+    async def _ready(self) -> Host:
+        if self._host is None:
+            checks.require(await checks.bubblewrap())
+            checks.require(checks.machine())
+            uids = UidRange.parse(self._uid_range) if os.geteuid() == 0 else None
+            groups: Cgroups | None = None
+            with suppress(cgroups.UnavailableError):
+                groups = cgroups.find()
+            self._host = Host(shutil.which("bwrap") or "bwrap", groups, uids)
+        return self._host
+
+
+class BubblewrapSandbox:
+    """See provider.Sandbox. Made by BubblewrapProvider."""
+
+    workspace = WORKSPACE
+    home = HOME
+
+    def __init__(self, host: Host, folder: Folder, mounts: Sequence[Mount] = ()) -> None:
+        self.id = folder.path.name
+        self._host = host
+        self._folder = folder
+        self._mounts = tuple(mounts)
+        # The inode is in the name because servers with different data folders may use the same id.
+        name = f"{self.id}.{folder.path.stat().st_ino:x}"
+        self._group = host.cgroups.group(name) if host.cgroups else None
+        self._thread = threading.get_ident()
+        self._processes: set[BubblewrapProcess] = set()
+        self._starting: set[asyncio.Future[None]] = set()
+        self._destruction: asyncio.Task[None] | None = None
+
+    def limit(self) -> None:
+        """Set the limits of the sandbox, where control groups can. Raises SandboxError."""
+        if self._group is not None and self._folder.limits is not None:
+            try:
+                self._group.create(self._folder.limits)
+            except OSError as error:
+                raise SandboxError(f"the limits of a sandbox cannot be set: {error}") from error
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] = {},
+        cwd: str | None = None,
+        stdin: bool = False,
+        mounts: Sequence[Mount] = (),
+        on_listener: ListenerHandler | None = None,
+    ) -> BubblewrapProcess:
+        """See provider.Sandbox. Raises RuntimeError in another thread than the one that made the sandbox."""
+        if not argv:
+            raise ValueError("a command has at least one item")
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "a sandbox is used from the thread that made it only: it would die with another"
+            )
+        if self._destruction is not None:
+            raise SandboxError(f"the sandbox {self.id} is destroyed")
+        if self._folder.limits is None:
+            raise SandboxError(f"the folder of the sandbox {self.id} is damaged: it can only be destroyed")
+        scene = Scene(
+            workspace=str(self._folder.workspace),
+            home=str(self._folder.home),
+            limits=self._folder.limits,
+            mounts=(*self._mounts, *mounts),
+            env=dict(env),
+            cwd=cwd or WORKSPACE,
+        )
+        starting = asyncio.get_running_loop().create_future()
+        self._starting.add(starting)
+        try:
+            return await self._start(list(argv), scene, stdin, on_listener)
+        finally:
+            self._starting.discard(starting)
+            starting.set_result(None)
+
+    async def destroy(self) -> None:
+        if self._destruction is None or (self._destruction.done() and self._destruction.exception()):
+            self._destruction = asyncio.create_task(self._destroy(), name=f"destroy {self.id}")
+        await asyncio.shield(self._destruction)
+
+    async def _destroy(self) -> None:
+        while self._processes or self._starting:
+            processes, self._processes = self._processes, set()
+            await asyncio.gather(*(process.kill() for process in processes), *self._starting)
+        if self._group is not None:
+            await self._group.remove()
+        await self._folder.remove()
+
+    async def _start(
+        self, command: list[str], scene: Scene, stdin: bool, on_listener: ListenerHandler | None
+    ) -> BubblewrapProcess:
+        info, info_writer = os.pipe()
+        channel: socket.socket | None = None
+        process: BubblewrapProcess | None = None
+        try:
+            with Handed() as handed:
+                handed.add(info_writer)
+                if on_listener is not None:
+                    channel, inside = socket.socketpair()
+                    command, needed = door_command(command, handed.add(inside.detach()))
+                    door = await asyncio.to_thread(SOURCE.read_bytes)
+                    scene = replace(scene, mounts=(*scene.mounts, *needed), door=door)
+                line = command_line(
+                    self._host, self._folder, self._group, scene, command, handed, info_writer
+                )
+                process = await start(line, handed, stdin=stdin, oom_kills=self._oom_kills)
+                self._processes = {process, *(other for other in self._processes if not other.closed)}
+            await process.find_first(info)
+            if channel is not None and on_listener is not None:
+                await open_door(channel, on_listener)
+        except BaseException as error:
+            if process is not None:
+                await asyncio.shield(process.kill())
+                said = process.stderr_tail().strip()
+                if isinstance(error, SandboxError) and said not in error.detail:
+                    raise SandboxError(f"{error.detail}: {said}") from error
+            raise
+        finally:
+            os.close(info)
+            if channel is not None:
+                channel.close()
+        return process
+
+    def _oom_kills(self) -> int:
+        return self._group.oom_kills() if self._group is not None else 0

@@ -1,0 +1,233 @@
+"""A command in a bubblewrap sandbox, from its start to the end of all that it started.
+
+bwrap is two processes: the monitor, our child, which ends with the command's exit status, and the first
+process of the sandbox's process namespace, which reaps. When the first process dies, the kernel kills the
+whole namespace and only then lets it go; so the pidfd of that process says when everything is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from taskyard.sandbox.output import READ_AHEAD, LineReader, Tail
+from taskyard.sandbox.policy import Handed
+from taskyard.sandbox.provider import STDERR_BYTES, Exit, SandboxError
+
+_SIGKILL_STATUS = 128 + signal.SIGKILL
+_FIRST_PID, _COMMAND_PID = 1, 2
+"""In the process namespace of the sandbox: the first process starts the command first."""
+
+
+class BubblewrapProcess:
+    """See provider.Process. Made by `start`."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        stdout: LineReader,
+        output: asyncio.ReadTransport,
+        was_oom: Callable[[], bool],
+    ) -> None:
+        self._process = process
+        self._output = output
+        self._was_oom = was_oom
+        self._looked = asyncio.Event()
+        self._first: int | None = None
+        """pidfd of the first process of the sandbox."""
+        self._killed = False
+        self._tail = Tail(STDERR_BYTES)
+        self.pid = process.pid
+        self.stdin = process.stdin
+        self.stdout: asyncio.StreamReader = stdout
+        assert process.stderr is not None
+        self._drain = asyncio.create_task(self._tail.drain(process.stderr), name=f"stderr of {self.pid}")
+        self._end = asyncio.create_task(self._await_end(), name=f"end of {self.pid}")
+
+    @property
+    def closed(self) -> bool:
+        """Ended, with all output read or given up."""
+        return self._end.done() and self._output.is_closing()
+
+    def stderr_tail(self) -> str:
+        return self._tail.text()
+
+    async def wait(self) -> Exit:
+        return await asyncio.shield(self._end)
+
+    async def kill(self) -> None:
+        if not self._end.done():
+            self._killed = True
+            if self._first is not None:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._first, signal.SIGKILL)
+            else:  # not that far yet: the sandbox dies with bwrap
+                with suppress(ProcessLookupError):
+                    self._process.kill()
+        await self.wait()
+        # Else what nobody will read any more would keep the pipe open.
+        self._output.close()
+
+    async def terminate(self, grace_s: float) -> None:
+        if self._first is not None and _signal_command(self._first, signal.SIGTERM):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self.wait()
+        await self.kill()
+
+    async def find_first(self, info: int) -> None:
+        """Read what bwrap says about the sandbox's first process from a pipe; afterwards kill() is exact.
+
+        Raises SandboxError when bwrap ended before there was one.
+        """
+        text = b""
+        try:
+            while chunk := await _read(info):
+                text += chunk
+                with suppress(ValueError):
+                    self._first = _open_first(int(json.loads(text)["child-pid"]))
+                    return
+        finally:
+            self._looked.set()
+        end = await self.wait()
+        raise SandboxError(
+            f"the sandbox does not start: {end.stderr_tail.strip() or f'exit status {end.code}'}"
+        )
+
+    async def _await_end(self) -> Exit:
+        status = await self._process.wait()
+        await self._looked.wait()
+        if self._first is not None:
+            await _readable(self._first)
+            _reap(self._first)
+            os.close(self._first)
+            self._first = None
+        await self._drain
+        code = status if status >= 0 else 128 - status
+        return Exit(code, self._reason(code), self.stderr_tail())
+
+    def _reason(self, code: int) -> Literal["exited", "killed", "oom"]:
+        if code != _SIGKILL_STATUS:
+            return "exited"
+        return "oom" if self._was_oom() and not self._killed else "killed"
+
+
+async def start(
+    command: Sequence[str], handed: Handed, *, stdin: bool, oom_kills: Callable[[], int]
+) -> BubblewrapProcess:
+    """Start a command that becomes bwrap. `handed` is what it inherits besides its three standard streams."""
+    before = oom_kills()
+    reader, writer = os.pipe()
+    loop = asyncio.get_running_loop()
+    stdout = LineReader()
+    # A pipe of our own: the loop's own would come with a plain StreamReader.
+    output, _ = await loop.connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stdout),
+        os.fdopen(reader, "rb", 0),
+    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
+            stdout=writer,
+            stderr=asyncio.subprocess.PIPE,
+            limit=READ_AHEAD,
+            env={},  # bwrap's own is readable inside, in /proc/1/environ
+            cwd="/",
+            pass_fds=handed.fds,
+            start_new_session=True,
+        )
+    except BaseException as error:
+        output.close()
+        if isinstance(error, OSError):
+            raise SandboxError(f"the sandbox does not start: {error.strerror}: {command[0]}") from error
+        raise
+    finally:
+        os.close(writer)
+    return BubblewrapProcess(process, stdout, output, lambda: oom_kills() > before)
+
+
+def _reap(pidfd: int) -> None:
+    """Reap a process that is over, if it was given to us, as orphans are to a server that is process 1."""
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+
+
+def _open_first(pid: int) -> int | None:
+    """pidfd of a sandbox's first process; None if that is gone, as after a very short command."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    if _inner_pid(pid) != _FIRST_PID:  # the number was given to another process
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+def _signal_command(first: int, number: int) -> bool:
+    """Signal the command whose sandbox has this first process; False if it is not there."""
+    pid = _pid_of(first)
+    if pid is None:
+        return False
+    for child in _children(pid):
+        with suppress(OSError):
+            pidfd = os.pidfd_open(child)
+            try:
+                if child in _children(pid) and _inner_pid(child) == _COMMAND_PID:
+                    signal.pidfd_send_signal(pidfd, number)
+                    return True
+            finally:
+                os.close(pidfd)
+    return False
+
+
+def _pid_of(pidfd: int) -> int | None:
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        if line.startswith("Pid:"):
+            pid = int(line.split()[1])
+            return pid if pid > 0 else None
+    return None
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _inner_pid(pid: int) -> int | None:
+    """The number of a process in its own, innermost process namespace."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    return None
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(fd, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
+
+
+async def _read(fd: int) -> bytes:
+    await _readable(fd)
+    try:
+        return os.read(fd, 4096)
+    except OSError as error:  # a stray wake-up
+        if error.errno != errno.EAGAIN:
+            raise
+        return await _read(fd)

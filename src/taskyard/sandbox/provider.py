@@ -1,0 +1,179 @@
+"""What a sandbox provider is: the interface that the rest of the server uses, and its plain data."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from taskyard.errors import TaskyardError
+
+WORKSPACE = "/tmp/workspace"  # noqa: S108 - a path inside
+HOME = "/home/agent"
+LISTENER = ("127.0.0.1", 3128)
+"""Where the socket that a ListenerHandler gets is bound, inside the sandbox."""
+LINE_BYTES = 64 * 1024 * 1024
+"""The longest line that Process.stdout.readline() returns."""
+STDERR_BYTES = 8 * 1024
+"""How much of the end of standard error is kept."""
+
+ListenerHandler = Callable[[socket.socket], Awaitable[None]]
+"""Gets the listening socket that was bound inside the sandbox, and owns it. The command starts when the
+handler returns, so it must return soon and accept in the background."""
+
+
+class SandboxError(TaskyardError):
+    """The sandbox could not be made or used."""
+
+    code = "sandbox_failed"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one sandbox may use, all its programs together."""
+
+    cpus: float
+    memory_mb: int
+    pids: int
+    tmp_mb: int
+    """Size of the sandbox's temporary folder; it counts as memory."""
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A host file or folder, seen inside under an absolute path.
+
+    symlink: nothing is mounted; `target` becomes a symbolic link to the path `source`, inside.
+    """
+
+    source: Path
+    target: str
+    writable: bool = False
+    symlink: bool = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A sandbox to be made."""
+
+    id: str
+    """Letters, digits, `.`, `_` and `-`; unique on the host; the run id."""
+    limits: Limits
+    mounts: tuple[Mount, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a command ended. code: its exit status, or 128 + signal number."""
+
+    code: int
+    reason: Literal["exited", "killed", "oom", "timeout"]
+    stderr_tail: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that was checked on this machine, good or bad.
+
+    detail: what was found. remedy: what to do about it, empty if ok. fatal: without it nothing can run.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+    fatal: bool = False
+
+
+class Process(Protocol):
+    """A running command of a sandbox."""
+
+    @property
+    def pid(self) -> int:
+        """Process id on the host of what keeps the command; for logs."""
+
+    @property
+    def stdin(self) -> asyncio.StreamWriter | None: ...
+
+    @property
+    def stdout(self) -> asyncio.StreamReader:
+        """Lines of up to LINE_BYTES. Little is read ahead: a command that writes more waits."""
+
+    def stderr_tail(self) -> str:
+        """The last STDERR_BYTES of standard error so far."""
+
+    async def wait(self) -> Exit:
+        """Until the command has ended; whatever it left running is gone then, too."""
+
+    async def kill(self) -> None:
+        """End the command and all that it started, by force; returns when they are gone. Idempotent.
+
+        Output that was not read yet may be lost.
+        """
+
+    async def terminate(self, grace_s: float) -> None:
+        """Ask the command to end (SIGTERM), give it `grace_s` seconds, then kill()."""
+
+
+class Sandbox(Protocol):
+    """One sandbox. Its two folders live until destroy(); each command sees them, and nothing else of others."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def workspace(self) -> str:
+        """Absolute path inside; writable."""
+
+    @property
+    def home(self) -> str:
+        """Absolute path inside; writable."""
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] = {},
+        cwd: str | None = None,
+        stdin: bool = False,
+        mounts: Sequence[Mount] = (),
+        on_listener: ListenerHandler | None = None,
+    ) -> Process:
+        """Start a command.
+
+        env: added to PATH, HOME, USER, LANG, TERM and TMPDIR, which are always set. cwd: absolute path
+        inside, default the workspace. stdin: whether the command gets a standard input; without, it is empty.
+        mounts: extra ones, for this command only. on_listener: the command's one way out; without, it
+        has no network at all.
+
+        Raises SandboxError when it cannot start. A command that does not exist ends with an exit status
+        that is not 0 and says so on standard error.
+        """
+
+    async def destroy(self) -> None:
+        """End everything in it and remove it. Idempotent; a failed attempt may be repeated."""
+
+
+class Provider(Protocol):
+    """Makes sandboxes on one kind of host."""
+
+    name: str
+    capabilities: frozenset[str]
+
+    async def check(self) -> list[Problem]:
+        """Everything the provider needs of this machine, whether or not it is there."""
+
+    async def create(self, spec: Spec) -> Sandbox:
+        """A new, empty sandbox. Raises SetupError (this machine cannot), SandboxError (this one cannot)."""
+
+    async def attach(self, sandbox_id: str) -> Sandbox | None:
+        """A sandbox left behind by a server that is gone, or None if there is none of this id.
+
+        Raises SandboxError while another process uses it.
+        """
+
+    async def list(self) -> list[str]:
+        """Ids of the sandboxes that exist on this host, in use or left behind."""

@@ -1,0 +1,75 @@
+"""`taskyard doctor`: what is checked and how it is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from taskyard.cli import doctor
+from taskyard.sandbox.provider import Problem
+from taskyard.settings import Settings
+from tests.support.command import taskyard
+
+
+def settings(folder: Path) -> Settings:
+    return Settings(_env_file=None, data_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("problem", "text"),
+    [
+        (Problem("git", True, "git version 2", "install it", True), "✓ git: git version 2\n"),
+        (Problem("key", False, "not set", "Set it.", False), "! key: not set\n    Set it.\n"),
+        (Problem("git", False, "not found", "", True), "✗ git: not found\n"),
+    ],
+)
+def test_lines(problem: Problem, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.show(problem)
+    assert capsys.readouterr().out == text
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    found = {problem.name: problem for problem in doctor._machine(settings(tmp_path / "not/yet/there"))}
+    assert list(found) == ["Python", "git", "data folder", "PostgreSQL"]
+    assert found["git"].detail.startswith("git version ")
+    assert found["PostgreSQL"].ok
+    assert "postgres (PostgreSQL) 18" in found["PostgreSQL"].detail
+    assert "GB free" in found["data folder"].detail
+    assert not (tmp_path / "not").exists()
+
+
+def test_missing_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    git = {problem.name: problem for problem in doctor._machine(settings(tmp_path))}["git"]
+    assert (git.ok, git.fatal, git.detail) == (False, True, "not found")
+    node = next(iter(doctor._agents(settings(tmp_path))))
+    assert (node.ok, node.fatal) == (False, False)
+    assert "'node' was not found on PATH" in node.detail
+
+
+def test_a_data_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    problem = doctor._disk(tmp_path / "file")
+    assert (problem.ok, problem.fatal) == (False, True)
+
+
+def test_agents_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    found = {problem.name: problem for problem in doctor._agents(settings(tmp_path))}
+    assert (found["agent claude"].ok, found["agent claude"].fatal) == (False, False)
+    assert found["agent claude"].remedy == "taskyard agents install claude"
+    assert found["agent scripted"].ok
+    assert (found["anthropic key"].ok, found["openai key"].ok) == (True, False)
+    assert "sk-secret" not in str(found)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """All of it on this machine, the attacks on a real sandbox included."""
+    done = taskyard("doctor", "--json", cwd=tmp_path)
+    found = {problem["name"]: problem for problem in json.loads(done.stdout)}
+    assert {"Python", "git", "data folder", "PostgreSQL", "agent scripted", "anthropic key"} <= set(found)
+    failed = [problem for problem in found.values() if problem["fatal"] and not problem["ok"]]
+    assert failed == []
+    assert done.returncode == 0

@@ -1,0 +1,36 @@
+"""The first prompt and its blocks (run-lifecycle §6.4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from taskyard.drive.prompt import BLOCKS, content_blocks, first_prompt
+
+
+@pytest.mark.parametrize(
+    ("state", "description", "prompt"),
+    [
+        ({"pending_user_message": "p", "initial_prompt_override": "o"}, "d", "p"),
+        ({"pending_user_message": " ", "initial_prompt_override": "o"}, "d", "o"),
+        ({}, "d", "d"),
+        ({"pending_user_message": 7}, " ", ""),
+    ],
+)
+def test_first_prompt(state: dict[str, Any], description: str, prompt: str) -> None:
+    assert first_prompt(state, description) == prompt
+
+
+def test_text_is_one_block() -> None:
+    assert content_blocks("hello") == [{"type": "text", "text": "hello"}]
+
+
+def test_blocks_pass_through() -> None:
+    blocks = [{"type": "text", "text": "a"}, {"type": "image", "data": "x"}]
+    assert content_blocks(BLOCKS + '{"blocks": [{"type": "text", "text": "a"}, {"type": "image", "data": "x"}]}') == blocks
+
+
+@pytest.mark.parametrize("rest", ["", "{", "[]", '{"blocks": []}', '{"blocks": "x"}', '{"blocks": [1]}'])
+def test_broken_blocks_are_text(rest: str) -> None:
+    assert content_blocks(BLOCKS + rest) == [{"type": "text", "text": BLOCKS + rest}]

@@ -1,0 +1,94 @@
+"""Batched writing under a lease."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from taskyard.db.engine import Database
+from taskyard.drive.recorder import FULL_BYTES, Recorder
+from taskyard.events import store
+from taskyard.events.entries import Entry, Shown
+from taskyard.runs import store as runs
+from taskyard.runs.store import Lease
+from tests.support.rows import make_run
+
+
+async def leased(database: Database) -> Lease:
+    lease = await runs.claim(database, await make_run(database), "test")
+    assert lease is not None
+    return lease
+
+
+async def stored(database: Database, lease: Lease) -> list[int]:
+    rows = await store.read(database, lease.run_id, Shown.BOTH, after=0, limit=100_000)
+    return [json.loads(row.data) for row in rows]
+
+
+async def test_order_is_kept_and_flush_waits(database: Database) -> None:
+    lease = await leased(database)
+    recorder = Recorder(database, lease, on_lost=lambda: None)
+    for number in range(3000):
+        recorder.add(Entry(str(number)))
+        if number % 500 == 0:
+            await asyncio.sleep(0)
+    await recorder.flush()
+    assert await stored(database, lease) == list(range(3000))
+    await recorder.close()
+
+
+async def test_a_burst_is_few_statements(database: Database) -> None:
+    lease = await leased(database)
+    recorder = Recorder(database, lease, on_lost=lambda: None)
+    recorder.add(Entry("0"))
+    await recorder.flush()
+    for number in range(1, 101):
+        recorder.add(Entry(str(number)))
+    await recorder.flush()
+    rows = await database.fetch(
+        "SELECT xmin::text, count(*) AS n FROM events WHERE run_id = %(run)s GROUP BY 1", run=lease.run_id
+    )
+    assert sorted(row["n"] for row in rows) == [1, 100]
+    await recorder.close()
+
+
+async def test_a_lost_lease_is_told_and_ends_writing(database: Database) -> None:
+    lease = await leased(database)
+    told = asyncio.Event()
+    recorder = Recorder(database, lease, on_lost=told.set)
+    await database.execute("UPDATE run_cursors SET generation = generation + 1")
+    recorder.add(Entry("1"))
+    async with asyncio.timeout(30):
+        await told.wait()
+        await recorder.flush()
+    recorder.add(Entry("2"))
+    await recorder.close()
+    assert await stored(database, lease) == []
+
+
+async def test_a_full_backlog_holds_the_producer_back(database: Database) -> None:
+    lease = await leased(database)
+    recorder = Recorder(database, lease, on_lost=lambda: None)
+    recorder.add(Entry(json.dumps("x" * (FULL_BYTES + 1))))
+    waiting = asyncio.ensure_future(recorder.room())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    async with asyncio.timeout(30):
+        await waiting
+    await recorder.close()
+
+
+async def test_the_loss_of_all_connections_loses_nothing(database: Database) -> None:
+    lease = await leased(database)
+    recorder = Recorder(database, lease, on_lost=lambda: None)
+    for number in range(200):
+        recorder.add(Entry(str(number)))
+        if number % 50 == 25:
+            await recorder.flush()
+            await database.fetch(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+    await recorder.flush()
+    assert await stored(database, lease) == list(range(200))
+    await recorder.close()

@@ -1,0 +1,122 @@
+"""`taskyard serve` as a process: start, stop, crash, and the commands beside it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from pathlib import Path
+
+import psycopg
+
+from tests.support.site import Site, postgres_of, running_site, taskyard
+
+
+def test_first_and_second_start(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with running_site(data) as site:
+        said = site.said()
+        assert f"Taskyard is ready at {site.url}" in said
+        assert site.key in said
+        assert site.key.startswith("phx_")
+        assert site.call("GET", "/health").json() == {"status": "ok"}
+        assert site.call("GET", "/ready").json() == {"status": "ready"}
+        task = site.call("POST", "tasks/", json={"title": "Kept"}).json()
+        assert (data / "first-key").stat().st_mode & 0o777 == 0o600
+        assert data.stat().st_mode & 0o777 == 0o700
+        assert site.stop() == 0
+    assert postgres_of(data) == []
+    assert not (data / "server.json").exists()
+    with running_site(data) as again:
+        assert "phx_" not in again.said()
+        assert again.call("GET", f"tasks/{task['id']}/").json() == task
+
+
+def test_kill_of_the_server_is_survived(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    site = Site(data)
+    task = site.call("POST", "tasks/", json={"description": "SAY one\nSLEEP 60"}).json()
+    run = site.call("POST", f"tasks/{task['id']}/run/", json={"agent": "scripted"}).json()["latest_run"]
+    path = f"tasks/{task['id']}/runs/{run['id']}/"
+    site.wait(path, status="in_progress")
+    site.stop(signal.SIGKILL)
+    with running_site(data) as again:
+        assert again.call("GET", f"tasks/{task['id']}/").json()["title"] == task["title"]
+        other = again.call("POST", "tasks/", json={"description": "SAY two"}).json()
+        second = again.call("POST", f"tasks/{other['id']}/run/", json={"agent": "scripted"}).json()["latest_run"]
+        again.wait(f"tasks/{other['id']}/runs/{second['id']}/", status="completed")
+        # The run whose driver died is taken over, and says what happened.
+        body = again.wait(path, status="failed")
+        assert body["state"]["error_type"] == "worker_lost"
+    assert postgres_of(data) == []
+
+
+def test_a_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with running_site(data) as site:
+        refused = taskyard(data, "serve", "--port", "0")
+        assert refused.returncode == 1
+        assert str(site.process.pid) in refused.stderr
+        assert "--data-dir" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert site.call("GET", "/ready").status_code == 200
+
+
+def test_a_taken_port(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused = taskyard(tmp_path / "data", "serve", "--port", str(port))
+    assert refused.returncode == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert postgres_of(tmp_path / "data") == []
+
+
+def test_a_newer_schema(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with running_site(data):
+        url = f"postgresql:///taskyard?host={socket_folder(data)}&user=postgres"
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    refused = taskyard(data, "serve", "--port", "0")
+    assert refused.returncode == 1
+    assert "schema 9999" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def socket_folder(data: Path) -> str:
+    """Where the embedded PostgreSQL listens; told by its own lock file."""
+    return (data / "postgres" / "data" / "postmaster.pid").read_text().splitlines()[4].replace(
+        "/mnt/1", str(data / "postgres" / "run")
+    )
+
+
+def test_admin_beside_a_running_server(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+
+    def admin(*words: str) -> dict[str, object]:
+        done = taskyard(data, "admin", *words, "--json")
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    with running_site(data) as site:
+        user = admin("create-user", "ada@example.org")
+        project = admin("create-project", "Shop")
+        admin("add-member", "ada@example.org", str(project["id"]))
+        key = admin("create-key", "ada@example.org", "--scope", "task:read", "--scope", "task:write")
+        assert user["email"] == "ada@example.org"
+        header = {"Authorization": f"Bearer {key['key']}"}
+        import httpx
+
+        url = f"{site.url}/api/projects/{project['id']}/tasks/"
+        assert httpx.get(url, headers=header, trust_env=False).status_code == 200
+        admin("revoke-key", str(key["id"]))
+        assert httpx.get(url, headers=header, trust_env=False).status_code == 401
+    # Without a server the same commands start the database themselves, and stop it again.
+    assert admin("create-user", "bob@example.org")["email"] == "bob@example.org"
+    assert postgres_of(data) == []
+    refused = taskyard(data, "admin", "create-user", "bob@example.org", "--json")
+    assert refused.returncode == 1
+    assert "there is a user bob@example.org already" in refused.stderr
