@@ -16,17 +16,19 @@ from pathlib import Path
 STAGE = "/mnt"
 
 # $1 = uid, $2 = gid, $3 = number of bound paths, then the paths, then the command. `set -e`: a mount
-# that fails ends the start with mount's own message.
+# that fails ends the start with mount's own message. It is put together over /sys, where no data is,
+# and moved: a path to be bound may itself be below /mnt.
 _SCRIPT = """
 set -e
 uid=$1 gid=$2 n=$3; shift 3
-mount -t tmpfs -o mode=755,size=1m taskyard /mnt
+mount -t tmpfs -o mode=755,size=1m taskyard /sys
 i=0
 while [ "$i" -lt "$n" ]; do
-  if [ -d "$1" ]; then mkdir "/mnt/$i"; else : > "/mnt/$i"; fi
-  mount --bind "$1" "/mnt/$i"
+  if [ -d "$1" ]; then mkdir "/sys/$i"; else : > "/sys/$i"; fi
+  mount --bind "$1" "/sys/$i"
   i=$((i+1)); shift
 done
+mount --move /sys /mnt
 exec setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs --inh-caps=-all \
   --bounding-set=-all -- "$@"
 """

@@ -102,7 +102,11 @@ async def listening(settings: Settings, database: Database, host: str, port: int
     await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
     if not server.listening.is_set():
         started.cancel()
-        raise SetupError(f"cannot listen on {host} port {port}: {server.problem or 'the port is taken'}")
+        await task
+        raise SetupError(
+            f"cannot listen on {host} port {port}: it is taken, or not an address of this machine. "
+            "Give another --host or --port (0 takes a free one)."
+        )
     bound = server.servers[0].sockets[0].getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     try:
@@ -118,7 +122,6 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
-        self.problem: str | None = None
 
     def install_signal_handlers(self) -> None:
         pass
@@ -127,6 +130,7 @@ class Server(uvicorn.Server):
         try:
             await super().startup()
         except SystemExit:  # uvicorn's way to say that it cannot bind
+            self.should_exit = True
             return
         if self.started:
             self.listening.set()

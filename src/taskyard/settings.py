@@ -60,6 +60,12 @@ class Upstream(Area):
     api_key: SecretStr | None = None
     api_key_file: Path | None = None
 
+    @field_validator("base_url")
+    @classmethod
+    def _without_version(cls, value: str) -> str:
+        """Agents add `/v1/…` themselves; many people write the base with it."""
+        return value.rstrip("/").removesuffix("/v1")
+
     def key(self, fallback_env: str) -> str | None:
         """The key from the settings, its file, or the vendor's usual environment variable."""
         if self.api_key is not None:
@@ -109,11 +115,12 @@ class Settings(BaseSettings):
         env_prefix="TASKYARD_",
         env_nested_delimiter="__",
         env_file=".env",
+        env_ignore_empty=True,
         extra="ignore",
         frozen=True,
     )
 
-    data_dir: Path = Field(default_factory=lambda: default_data_dir())
+    data_dir: Path = Field(default_factory=lambda: default_data_dir())  # noqa: PLW0108 - it is defined below
     database_url: SecretStr | None = None
     base_url: str | None = None
     """Absolute URL under which clients reach the server; default: what the request says."""

@@ -22,7 +22,7 @@ def test_each_setting_says_where_it_came_from(tmp_path: Path) -> None:
         "--json",
         cwd=tmp_path,
         TASKYARD_WORKER__CONCURRENCY="3",
-        TASKYARD_MODELS__OPENAI='{"base_url": "http://gate:pass@example.org/v1", "api_key": "sk-one"}',
+        TASKYARD_MODELS__OPENAI='{"base_url": "http://gate:pass@example.org", "api_key": "sk-one"}',
         TASKYARD_DATABASE_URL="postgresql://u:dbpass@h/d",
         TASKYARD_AGENTS__MINE__ENV='{"MY_TOKEN": "tok-two"}',
         ANTHROPIC_API_KEY="sk-three",
@@ -35,7 +35,7 @@ def test_each_setting_says_where_it_came_from(tmp_path: Path) -> None:
     assert found["TASKYARD_RUNS__START_S"] == ("7.0", ".env")
     assert found["TASKYARD_WORKER__CONCURRENCY"] == ("3", "environment")
     assert found["TASKYARD_RUNS__AGENT_SILENCE_S"][1] == "default"
-    assert found["TASKYARD_MODELS__OPENAI__BASE_URL"] == ("http://(hidden)@example.org/v1", "environment")
+    assert found["TASKYARD_MODELS__OPENAI__BASE_URL"] == ("http://(hidden)@example.org", "environment")
     assert found["TASKYARD_MODELS__OPENAI__API_KEY"] == ("(hidden)", "environment")
     assert found["TASKYARD_MODELS__ANTHROPIC__API_KEY"] == ("(hidden)", "ANTHROPIC_API_KEY")
     assert found["TASKYARD_DATABASE_URL"] == ("(hidden)", "environment")

@@ -20,7 +20,7 @@ from tests.support.command import taskyard
 
 
 def settings(folder: Path, **agents: dict[str, list[str]]) -> Settings:
-    return Settings(_env_file=None, data_dir=folder, agents=agents)  # type: ignore[arg-type]
+    return Settings(_env_file=None, data_dir=folder, agents=agents)
 
 
 def passes(folder: Path) -> bool:

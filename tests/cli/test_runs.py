@@ -295,5 +295,5 @@ def test_a_lost_connection_is_mentioned_once(server: StandIn, tmp_path: Path) ->
     server.run("completed")
     done = taskyard("follow", TASK, cwd=tmp_path, **remote(server))
     assert done.returncode == 0
-    assert done.stdout.count("the connection was lost") == 1
+    assert done.stdout.count("Trying again: the connection was cut.") == 1
     assert "one" in done.stdout

@@ -139,7 +139,7 @@ def test_long_thoughts_and_questions_are_cut() -> None:
     thought, _, question = screen.text.partition("\n\n")
     assert thought.count("word") == 120
     assert thought.endswith("…")
-    assert question.splitlines()[-1] == "  … 4 more lines"
+    assert question.splitlines()[-1] == "  … 10 more lines"
 
 
 def test_a_call_is_named_when_it_is_clear_what_it_does() -> None:
@@ -183,6 +183,25 @@ def test_a_command_is_shown_as_one() -> None:
     assert text == "● $ bash -c make -j…\n"
 
 
+def test_a_command_without_the_shell_around_it_and_its_exit_code() -> None:
+    call: dict[str, Any] = {
+        "sessionUpdate": "tool_call",
+        "toolCallId": "t",
+        "kind": "execute",
+        "status": "in_progress",
+    }
+    call |= {
+        "title": "make all",
+        "rawInput": {"command": "/bin/sh -lc 'make all'"},
+        "content": [{"type": "terminal"}],
+    }
+    text = Screen().show(
+        entry("session/update", update=call),
+        tool(status="failed", _meta={"terminal_exit": {"exit_code": 2, "signal": None}}),
+    )
+    assert text == "● $ make all\n  ✗ failed (exit code 2)\n"
+
+
 def test_permission_is_asked_once() -> None:
     request = {
         "requestId": "q",
@@ -195,6 +214,17 @@ def test_permission_is_asked_once() -> None:
         entry("_posthog/permission_resolved", requestId="q", optionId="y"),
     )
     assert text == "? The agent asks for permission: rm\n  y: Yes\n  answered: y\n"
+
+
+def test_an_error_is_told_once() -> None:
+    text = Screen().show(
+        entry("_posthog/progress", step="a", status="failed", label="A", detail="It broke."),
+        entry("_posthog/error", message="It broke."),
+        entry("_posthog/error", message="More."),
+        entry("_posthog/turn_complete", stopReason="error"),
+        entry("_posthog/error", message="More."),
+    )
+    assert text == "✗ A\n  It broke.\n\n✗ More.\n"
 
 
 def test_what_is_not_understood_is_passed_over() -> None:

@@ -187,7 +187,7 @@ def test_errors_read_well(server: StandIn, yard: Any, status: int, body: Any, co
 
 
 def test_log_of_a_missing_run(yard: Any) -> None:
-    with pytest.raises(ClientError, match=r"^Not found\.$"):
+    with pytest.raises(ClientError, match=rf"^Not found: /api/projects/@current/{RUN_PATH}logs/$"):
         list(yard.logs(TASK, RUN))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psycopg
 
+from taskyard.db.embedded import running_url
 from tests.support.site import Site, postgres_of, running_site, taskyard
 
 
@@ -43,7 +44,9 @@ def test_kill_of_the_server_is_survived(tmp_path: Path) -> None:
     with running_site(data) as again:
         assert again.call("GET", f"tasks/{task['id']}/").json()["title"] == task["title"]
         other = again.call("POST", "tasks/", json={"description": "SAY two"}).json()
-        second = again.call("POST", f"tasks/{other['id']}/run/", json={"agent": "scripted"}).json()["latest_run"]
+        second = again.call("POST", f"tasks/{other['id']}/run/", json={"agent": "scripted"}).json()[
+            "latest_run"
+        ]
         again.wait(f"tasks/{other['id']}/runs/{second['id']}/", status="completed")
         # The run whose driver died is taken over, and says what happened.
         body = again.wait(path, status="failed")
@@ -77,20 +80,14 @@ def test_a_taken_port(tmp_path: Path) -> None:
 def test_a_newer_schema(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with running_site(data):
-        url = f"postgresql:///taskyard?host={socket_folder(data)}&user=postgres"
+        url = running_url(data)
+        assert url is not None
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("UPDATE alembic_version SET version_num = '9999'")
     refused = taskyard(data, "serve", "--port", "0")
     assert refused.returncode == 1
     assert "schema 9999" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-def socket_folder(data: Path) -> str:
-    """Where the embedded PostgreSQL listens; told by its own lock file."""
-    return (data / "postgres" / "data" / "postmaster.pid").read_text().splitlines()[4].replace(
-        "/mnt/1", str(data / "postgres" / "run")
-    )
 
 
 def test_admin_beside_a_running_server(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+import statistics
 import time
 from collections.abc import AsyncIterator
 
@@ -415,3 +416,22 @@ async def test_an_error_before_the_end_of_the_request_ends_the_connection() -> N
     assert got.startswith(b"HTTP/1.1 502")
     assert b"connection: close" in got
     assert door.calls[0].status == 502
+
+
+async def test_no_piece_waits_for_an_acknowledgement() -> None:
+    """The listener here has protocol number 0, as a plain socket has: asyncio leaves Nagle's algorithm on."""
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(b"ok")
+
+    took: list[float] = []
+    async with open_upstream(handler) as (url, _), open_door(url) as door:
+        reader, writer = await door.connect()
+        for _ in range(60):
+            started = time.perf_counter()
+            writer.write(post(MESSAGES, b"{}"))
+            await reader.readuntil(b"\r\n\r\nok")
+            took.append(time.perf_counter() - started)
+        writer.close()
+        await writer.wait_closed()
+    assert statistics.median(took) < 0.03

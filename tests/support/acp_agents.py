@@ -21,7 +21,7 @@ from taskyard.agents.acp import METHOD_NOT_FOUND, AcpConnection, AcpError
 
 Json = dict[str, Any]
 
-DEADLINE_S = 8.0
+DEADLINE_S = 60.0
 
 PRELUDE = """
 import json, os, sys, time
@@ -157,12 +157,14 @@ async def connected(
         async with asyncio.timeout(DEADLINE_S):
             yield client
     finally:
-        await client.connection.close()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        while await process.stdout.read(1 << 20):
-            pass
-        await process.wait()
+        try:
+            await client.connection.close()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            while await process.stdout.read(1 << 20):
+                pass
+            await process.wait()
     if check:
         for way, message in client.traffic:
             if way == "out":

@@ -3,7 +3,7 @@
 It speaks Anthropic Messages, OpenAI Responses and OpenAI Chat Completions, streaming and not, as far as
 Claude Code, Codex and other agents use them. What it "thinks" stands in the prompt, as directives:
 
-    [[write:PATH|text]]       call the tool that writes a file
+    [[write:PATH|text]]       call the tool that writes a file (Codex's patches end it with a line break)
     [[bash:command]]          call the tool that runs a command (the command cannot contain "]]")
     [[tool:NAME|{json}]]      call the tool NAME with these arguments (MCP tools: mcp__SERVER__TOOL)
     [[text:words]]            say something
@@ -157,7 +157,7 @@ def _write(path: str, text: str, tools: list[Json]) -> Call | None:
         key = next((k for k in ("file_path", "filePath", "path") if k in properties), "file_path")
         return Call(name, json.dumps({key: path, "content": text}))
     if (found := _offered(tools, "apply_patch")) and found[1]["custom"]:
-        lines = "".join(f"+{line}\n" for line in text.split("\n"))
+        lines = "".join(f"+{line}\n" for line in text.removesuffix("\n").split("\n"))
         patch = f"*** Begin Patch\n*** Add File: {path}\n{lines}*** End Patch\n"
         return Call("apply_patch", patch, custom=True)
     folder = shlex.quote(str(PurePosixPath(path).parent))

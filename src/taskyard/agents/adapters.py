@@ -331,6 +331,8 @@ def _codex(settings: Settings) -> Adapter:
         default_mode="full-access",
         default_model="gpt-5.5",
         provider="openai",
+        # Without it a client that opted in to the failure report is not sent what commands write.
+        initialize_meta={"terminal_output_delta": True},
         state_env="CODEX_HOME",
         state_dir=".codex",
         # In CODEX_CONFIG these come too late: Codex has then already tried its vendor's hosts.

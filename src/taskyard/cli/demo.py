@@ -29,6 +29,7 @@ START_S = 120.0
 STOP_S = 30.0
 
 FILES = {
+    ".gitignore": "__pycache__/\n",
     "README.md": "# Shop\n\nPrices in cents. Run the tests with `python3 -m unittest`.\n",
     "prices.py": (
         '"""Prices of the shop, in cents."""\n\n\n'

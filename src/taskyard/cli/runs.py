@@ -112,7 +112,7 @@ def show_until_end(yard: Taskyard, task_id: str, run_id: str) -> int:
     def on_retry(reason: str, delay: float) -> None:
         nonlocal lost
         if not lost:
-            renderer.note(f"the connection was lost ({reason}); trying again")
+            renderer.note(f"Trying again: {reason}.")
         lost = True
 
     try:

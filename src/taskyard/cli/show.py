@@ -18,14 +18,13 @@ from taskyard.client.models import Event, Run
 Json = dict[str, Any]
 
 THOUGHT_CHARS = 600
-MESSAGE_LINES = 12
+MESSAGE_LINES = 6
 PLAN_MARKS = {"completed": ("☑", "green"), "in_progress": ("◐", "cyan")}
 STOP_NOTES = {
     "cancelled": "The turn was cancelled.",
     "refusal": "The agent refused to go on.",
     "max_tokens": "The model reached its limit of tokens.",
     "max_turn_requests": "The agent reached its limit of model requests in one turn.",
-    "error": "The turn failed.",
 }
 
 
@@ -53,12 +52,13 @@ class Renderer:
         self._tools: dict[str, ToolCall] = {}
         self._tool = ""
         self._permissions: set[str] = set()
+        self._told: set[str] = set()
         self._methods: dict[str, Callable[[Event], None]] = {
             "session/update": self._update,
             "_posthog/progress": self._progress,
             "_posthog/console": self._console_line,
             "_posthog/sandbox_output": self._sandbox_output,
-            "_posthog/error": lambda event: self._warn(event.params.get("message"), "✗", "red"),
+            "_posthog/error": self._error,
             "_posthog/status": self._status,
             "_posthog/permission_request": lambda event: self._permission(event.params),
             "_posthog/permission_resolved": self._resolved,
@@ -140,6 +140,7 @@ class Renderer:
             if detail:
                 line.append(f"  {crop(str(detail), 40)}", "dim")
         self._print("steps", line)
+        self._told.add(reason)
         for part in clean(reason).splitlines():
             self._print("steps", Text(f"  {part}", "red"))
 
@@ -148,6 +149,12 @@ class Renderer:
         if level in ("warn", "error"):
             mark, style = ("✗", "red") if level == "error" else ("!", "yellow")
             self._warn(event.params.get("message"), mark, style)
+
+    def _error(self, event: Event) -> None:
+        message = str(event.params.get("message"))
+        if message not in self._told:  # the step that failed, or the turn, has said it
+            self._told.add(message)
+            self._warn(message, "✗", "red")
 
     def _warn(self, message: Any, mark: str, style: str) -> None:
         lines = clean(str(message or "no message")).strip().splitlines() or [""]
@@ -268,6 +275,7 @@ class Renderer:
         known = tool_id in self._tools
         tool = self._tools.setdefault(tool_id, ToolCall(id=tool_id))
         tool.merge(update)
+        self._end_text()
         # A finished call is not opened again: agents add details to it that were shown already.
         if not tool.done and (known or tool.is_clear()):
             self._show_tool(tool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ Json = dict[str, Any]
 HEAD, TAIL = 3, 5
 """Lines of a tool's output that are shown: its start, and its end, where the outcome stands."""
 DIFF_LINES = 30
+_WORKSPACE = re.compile(r"^/tmp/workspace/(?:repos/[^/]+/[^/]+/)?")
 DONE = frozenset({"completed", "failed"})
 
 
@@ -30,6 +32,7 @@ class ToolCall:
     raw_output: Any = None
     content: list[Any] = field(default_factory=list)
     terminal: str = ""
+    exit_note: str = ""
     named: bool = False
     """Its title line has been shown."""
     done: bool = False
@@ -47,6 +50,8 @@ class ToolCall:
             for name in ("terminal_output", "terminal_output_delta"):
                 if isinstance(piece := meta.get(name), dict) and isinstance(piece.get("data"), str):
                     self.terminal += piece["data"]
+            if isinstance(end := meta.get("terminal_exit"), dict) and end.get("exit_code"):
+                self.exit_note = f" (exit code {end['exit_code']})"
 
     def is_clear(self) -> bool:
         """Whether it is known what the call does: agents announce calls before the arguments are there."""
@@ -57,10 +62,12 @@ class ToolCall:
         command = self.raw_input.get("command") if isinstance(self.raw_input, dict) else None
         if isinstance(command, list):
             command = " ".join(map(str, command))
+        title = self.title.replace("`", "").strip()
         if self.kind == "execute" and isinstance(command, str) and command.strip():
+            if title and title in command:
+                command = title  # without the shell that some agents wrap around it
             return Text.assemble(("● ", "cyan"), ("$ " + crop(command, width - 4), "bold"))
-        title = (self.title or self.kind or "tool call").replace("`", "")
-        return Text.assemble(("● ", "cyan"), (crop(title, width - 2), "bold"))
+        return Text.assemble(("● ", "cyan"), (crop(title or self.kind or "tool call", width - 2), "bold"))
 
     def outcome(self, width: int) -> list[Text]:
         """What came of the call: diffs, or its output in short."""
@@ -83,7 +90,7 @@ class ToolCall:
             for line in output_lines("\n".join(texts), HEAD, TAIL):
                 lines.append(Text(f"  │ {fit(line, width - 4)}".rstrip(), style))
         if failed:
-            lines.append(Text("  ✗ failed", "red"))
+            lines.append(Text(f"  ✗ failed{self.exit_note}", "red"))
         return lines
 
 
@@ -93,7 +100,7 @@ def diff(item: Json, width: int) -> list[Text]:
     body = list(difflib.unified_diff(old, new, n=2, lineterm=""))[2:]
     added = sum(line.startswith("+") for line in body)
     removed = sum(line.startswith("-") for line in body)
-    path = crop(str(item.get("path") or "a file"), width - 20)
+    path = crop(_WORKSPACE.sub("", str(item.get("path") or "a file")), width - 20)
     lines = [Text.assemble(("  " + path, "bold"), (f"  +{added}", "green"), (f" -{removed}", "red"))]
     if not old:
         body = body[1:]  # the position says nothing about a new file

@@ -42,6 +42,8 @@ def reason(error: Exception) -> str:
         return "no connection within the time limit"
     if isinstance(error, httpx.TimeoutException):
         return "no answer within the time limit"
+    if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
+        return "the connection was cut"
     text = str(error).strip() or type(error).__name__
     # Connection errors say "All connection attempts failed" or carry an errno; the cause knows more.
     cause: BaseException | None = error
@@ -67,6 +69,8 @@ def refused(response: httpx.Response) -> ClientError:
     if not detail:
         phrase = f"{status} {response.reason_phrase}".strip()
         return ClientError(status, "error", f"the server answered {phrase} without an explanation")
+    if status == httpx.codes.NOT_FOUND:
+        detail = f"{detail.rstrip('.')}: {response.request.url.path}"
     if attr := _text(body.get("attr")):
         detail = f"{attr}: {detail}"
     if isinstance(missing := body.get("missing_artifact_ids"), list):

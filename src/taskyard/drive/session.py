@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
@@ -152,7 +152,8 @@ async def start_agent(
     try:
         async with asyncio.timeout(settings.runs.start_s):
             agent = await _spawn(settings, adapter, row, sandbox, work, recorder)
-            await _open(agent, adapter, state, work.path, recorder)
+            title = row["task"]["title"] or "Taskyard run"
+            await _open(agent, adapter, state, title, work.path, recorder)
     except AgentGoneError as error:
         assert agent is not None
         message = await agent.obituary(f"The agent '{adapter.name}' ended before it was ready")
@@ -220,15 +221,21 @@ async def _spawn(
 
 
 async def _open(
-    agent: AgentSession, adapter: Adapter, state: Mapping[str, Any], cwd: str, recorder: Recorder
+    agent: AgentSession,
+    adapter: Adapter,
+    state: Mapping[str, Any],
+    title: str,
+    cwd: str,
+    recorder: Recorder,
 ) -> None:
-    """Handshake, session, permission mode, model and effort."""
+    """Handshake, session, title, permission mode, model and effort."""
     connection = agent._connection  # noqa: SLF001 - the second half of the constructor
     answer = await connection.initialize(adapter.initialize_meta)
     info = answer.get("agentInfo")
     agent.version = str(info.get("version", "")) if isinstance(info, dict) else ""
     session = await connection.new_session(cwd, meta=adapter.new_session_meta)
     agent.session = session
+    await connection.set_title(session.id, title)
 
     def note(text: str) -> None:
         recorder.add(entries.console(session.id, "warn", text))
@@ -243,12 +250,20 @@ async def _open(
         if any(option.get("id") == config_id for option in session.config_options):
             await connection.set_config_option(session.id, config_id, value)
     for choice, key in (("model", "model"), ("effort", "reasoning_effort")):
-        wanted = state.get(key)
-        if wanted and f"{{{choice}}}" not in str(adapter.launch_env):
-            await _choose(connection, session, adapter.options.get(choice, ""), str(wanted), note)
+        if wanted := state.get(key):
+            # What the environment has set already need not be an option; another program may not read it.
+            told = f"{{{choice}}}" in str(adapter.launch_env)
+            quiet = _ignore if told else note
+            await _choose(connection, session, adapter.options.get(choice, ""), str(wanted), quiet)
 
 
-async def _choose(connection: AcpConnection, session: Session, category: str, wanted: str, note: Any) -> None:
+def _ignore(_: str) -> None:
+    pass
+
+
+async def _choose(
+    connection: AcpConnection, session: Session, category: str, wanted: str, note: Callable[[str], None]
+) -> None:
     """Set a config option by its category, where the session offers the value."""
     option = option_for(session, category)
     if option is None or wanted not in option.values:

@@ -32,8 +32,12 @@ class Work:
         self._recorder = recorder
         self._mirror: Mirror | None = None
         self._workspace: Workspace | None = None
-        self._published: str | None = None
         self._slug = slug(row["project_name"], self._task["task_number"])
+        self._branch = branch_name(self._slug, str(row["id"]))
+        output = row["output"] if isinstance(row["output"], dict) else {}
+        # What an earlier worker published of this run.
+        ours = output.get("head_branch") == self._branch
+        self._published: str | None = output.get("commit_sha") if ours else None
 
     @property
     def path(self) -> str:
@@ -47,7 +51,9 @@ class Work:
     async def check_out(self) -> None:
         """Clone the repository into the sandbox, at the run's base branch."""
         repository = self._task["repository"]
-        origin = await forge.resolve(self._database, self._row["project_id"], repository)
+        origin = await forge.resolve(
+            self._database, self._settings.data_dir, self._row["project_id"], repository
+        )
         self._mirror = Mirror.of(self._settings.data_dir, origin)
         name, email = self.author
         self._workspace = await workspaces.prepare(
@@ -81,7 +87,7 @@ class Work:
                 self._mirror,
                 bundle,
                 self._workspace.base_commit,
-                branch_name(self._slug, str(self._row["id"])),
+                self._branch,
                 run_id=str(self._row["id"]),
                 base_branch=self._workspace.base_branch,
                 previous=self._published,

@@ -29,5 +29,7 @@ class RepositoryController(Controller):
         """Register a repository: 201 when its name is new, 200 otherwise."""
         sent = await body(request, Register)
         async with request.app.state.database.transaction() as connection:
-            entry, new = await service.register(connection, request.user, sent.origin, sent.name)
+            entry, new = await service.register(
+                connection, request.user, request.app.state.settings.data_dir, sent.origin, sent.name
+            )
         return answer(entry, 201 if new else 200)

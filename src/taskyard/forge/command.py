@@ -94,6 +94,12 @@ def config_environment(config: Iterable[tuple[str, str]]) -> dict[str, str]:
     return env
 
 
+# What git writes is readable by all, for the uids of sandboxes; the data folder itself keeps strangers out.
+# By a shell, because not every event loop can set the mask of a child.
+_NOT_FOUND = 127
+_READABLE = ("sh", "-c", 'umask 022 && exec "$@"', "sh")
+
+
 async def git(
     *args: str,
     git_dir: Path | None = None,
@@ -119,20 +125,15 @@ async def git(
     full_env.update(env or {})
     where = [f"--git-dir={git_dir}"] if git_dir is not None else []
     name = f"git {args[0]}"
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *wrapper, "git", *where, *args,
-            stdin=asyncio.subprocess.PIPE if input is not None else asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=full_env,
-            cwd="/",
-            start_new_session=True,
-            # Readable by all, for the uid of a sandbox; the server's data folder itself keeps strangers out.
-            umask=0o022,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise GitError(f"{name}: {error.filename} is not installed on this host. Install git.") from error
+    process = await asyncio.create_subprocess_exec(
+        *_READABLE, *wrapper, "git", *where, *args,
+        stdin=asyncio.subprocess.PIPE if input is not None else asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=full_env,
+        cwd="/",
+        start_new_session=True,
+    )  # fmt: skip
     errors = asyncio.create_task(_tail(process.stderr))
     feeding = asyncio.create_task(_feed(process.stdin, input))
     finished = False
@@ -155,6 +156,8 @@ async def git(
         if truncate:
             return output
         raise GitError(f"{name} wrote more than {max_output} bytes and was stopped.")
+    if process.returncode == _NOT_FOUND:
+        raise GitError(f"{name}: {(*wrapper, 'git')[0]} is not installed on this host. Install it.")
     if process.returncode != 0:
         said = masked(stderr.decode("utf-8", "replace").strip(), secrets)
         raise GitError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,15 +18,17 @@ DEFAULT_ORIGIN = "https://github.com/{name}.git"
 
 
 async def register(
-    connection: Connection, caller: Caller, origin_text: str, name: str | None
+    connection: Connection, caller: Caller, data_dir: Path, origin_text: str, name: str | None
 ) -> tuple[dict[str, Any], bool]:
     """Give an origin a name that tasks can use; the entry, and whether it is new.
 
-    A path on the server's own disk needs a user who administers the site: it opens the server's files.
+    A path on the server's own disk needs a user who administers the site: it opens the server's files. One
+    below `data_dir` is refused: agents write there.
     """
-    origin = check_origin(origin_text)
-    if origin.kind == "path" and not caller.is_staff:
+    if origin_text.startswith("/") and not caller.is_staff:
+        # Before the path is looked at: others must not learn what exists here.
         raise PermissionDeniedError("Only a user who administers this server may register a local path.")
+    origin = check_origin(origin_text, outside=[data_dir])
     if name is None:
         name = await store.name_of(connection, caller.project.id, origin.location)
         if name is not None:
@@ -54,7 +56,7 @@ async def _free_name(connection: Connection, project_id: int, wanted: str) -> st
     return name
 
 
-async def resolve(database: Database, project_id: int, name: str) -> Origin:
+async def resolve(database: Database, data_dir: Path, project_id: int, name: str) -> Origin:
     """The origin of a task's repository: the registered one, else the one on GitHub."""
     location = await store.origin_of(database, project_id, name)
-    return check_origin(location or DEFAULT_ORIGIN.format(name=name))
+    return check_origin(location or DEFAULT_ORIGIN.format(name=name), outside=[data_dir])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 
@@ -181,8 +182,7 @@ class Connection:
                 await asyncio.get_running_loop().create_future()  # until cancelled
 
     async def _exchange(self, head: h11.Request, admitted: Admitted) -> None:
-        loop = asyncio.get_running_loop()
-        started, status, complete = loop.time(), _CLIENT_GONE, False
+        started, status, complete = time.monotonic(), _CLIENT_GONE, False
         meter: Meter | None = None
         try:
             answer = await self._ask(head, admitted)
@@ -198,7 +198,7 @@ class Connection:
             raise
         finally:
             if admitted.costs:
-                self._report(admitted, meter, status, complete=complete, seconds=loop.time() - started)
+                self._report(admitted, meter, status, complete=complete, seconds=time.monotonic() - started)
 
     async def _ask(self, head: h11.Request, admitted: Admitted) -> httpx.Response | None:
         """Send the request on; None when the API failed, which has then been answered."""

@@ -200,20 +200,21 @@ class BubblewrapSandbox:
                 line = command_line(
                     self._host, self._folder, self._group, scene, command, handed, info_writer
                 )
-                process = await start(line, handed, stdin=stdin, oom_kills=self._oom_kills)
+                process = await start(line, handed, info, stdin=stdin, oom_kills=self._oom_kills)
                 self._processes = {process, *(other for other in self._processes if not other.closed)}
-            await process.find_first(info)
+            await process.started()
             if channel is not None and on_listener is not None:
                 await open_door(channel, on_listener)
         except BaseException as error:
-            if process is not None:
+            if process is None:
+                os.close(info)
+            else:
                 await asyncio.shield(process.kill())
                 said = process.stderr_tail().strip()
                 if isinstance(error, SandboxError) and said not in error.detail:
                     raise SandboxError(f"{error.detail}: {said}") from error
             raise
         finally:
-            os.close(info)
             if channel is not None:
                 channel.close()
         return process

@@ -12,15 +12,17 @@ import errno
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from taskyard.sandbox.output import READ_AHEAD, LineReader, Tail
 from taskyard.sandbox.policy import Handed
 from taskyard.sandbox.provider import STDERR_BYTES, Exit, SandboxError
+from taskyard.sandbox.streams import Streams, Tail, connect
 
+_START_S = 10.0
 _SIGKILL_STATUS = 128 + signal.SIGKILL
 _FIRST_PID, _COMMAND_PID = 1, 2
 """In the process namespace of the sandbox: the first process starts the command first."""
@@ -30,31 +32,27 @@ class BubblewrapProcess:
     """See provider.Process. Made by `start`."""
 
     def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        stdout: LineReader,
-        output: asyncio.ReadTransport,
-        was_oom: Callable[[], bool],
+        self, monitor: subprocess.Popen[bytes], streams: Streams, info: int, was_oom: Callable[[], bool]
     ) -> None:
-        self._process = process
-        self._output = output
+        self._monitor = monitor
+        self._streams = streams
         self._was_oom = was_oom
-        self._looked = asyncio.Event()
+        self._begun = False
         self._first: int | None = None
         """pidfd of the first process of the sandbox."""
         self._killed = False
         self._tail = Tail(STDERR_BYTES)
-        self.pid = process.pid
-        self.stdin = process.stdin
-        self.stdout: asyncio.StreamReader = stdout
-        assert process.stderr is not None
-        self._drain = asyncio.create_task(self._tail.drain(process.stderr), name=f"stderr of {self.pid}")
+        self.pid = monitor.pid
+        self.stdin = streams.stdin
+        self.stdout: asyncio.StreamReader = streams.stdout
+        self._drain = asyncio.create_task(self._tail.drain(streams.stderr), name=f"stderr of {self.pid}")
+        self._look = asyncio.create_task(self._find_first(info), name=f"start of {self.pid}")
         self._end = asyncio.create_task(self._await_end(), name=f"end of {self.pid}")
 
     @property
     def closed(self) -> bool:
         """Ended, with all output read or given up."""
-        return self._end.done() and self._output.is_closing()
+        return self._end.done() and self._streams.closed
 
     def stderr_tail(self) -> str:
         return self._tail.text()
@@ -65,15 +63,16 @@ class BubblewrapProcess:
     async def kill(self) -> None:
         if not self._end.done():
             self._killed = True
+            # For a moment after it has forked, the end of bwrap does not yet end the sandbox.
+            await asyncio.wait({self._look}, timeout=_START_S)
             if self._first is not None:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._first, signal.SIGKILL)
-            else:  # not that far yet: the sandbox dies with bwrap
-                with suppress(ProcessLookupError):
-                    self._process.kill()
+            else:
+                self._monitor.kill()
         await self.wait()
         # Else what nobody will read any more would keep the pipe open.
-        self._output.close()
+        self._streams.close()
 
     async def terminate(self, grace_s: float) -> None:
         if self._first is not None and _signal_command(self._first, signal.SIGTERM):
@@ -82,34 +81,38 @@ class BubblewrapProcess:
                     await self.wait()
         await self.kill()
 
-    async def find_first(self, info: int) -> None:
-        """Read what bwrap says about the sandbox's first process from a pipe; afterwards kill() is exact.
+    async def started(self) -> None:
+        """Until the sandbox's first process runs. Raises SandboxError when bwrap ends before that."""
+        await asyncio.shield(self._look)
+        if not self._begun:
+            end = await self.wait()
+            raise SandboxError(
+                f"the sandbox does not start: {end.stderr_tail.strip() or f'exit status {end.code}'}"
+            )
 
-        Raises SandboxError when bwrap ended before there was one.
-        """
+    async def _find_first(self, info: int) -> None:
+        """Read from a pipe what bwrap says about the first process."""
         text = b""
         try:
-            while chunk := await _read(info):
+            while not self._begun and (chunk := await _read(info)):
                 text += chunk
                 with suppress(ValueError):
                     self._first = _open_first(int(json.loads(text)["child-pid"]))
-                    return
+                    self._begun = True
         finally:
-            self._looked.set()
-        end = await self.wait()
-        raise SandboxError(
-            f"the sandbox does not start: {end.stderr_tail.strip() or f'exit status {end.code}'}"
-        )
+            os.close(info)
 
     async def _await_end(self) -> Exit:
-        status = await self._process.wait()
-        await self._looked.wait()
+        status = await _ended(self._monitor)
+        await self._look
         if self._first is not None:
             await _readable(self._first)
             _reap(self._first)
             os.close(self._first)
             self._first = None
         await self._drain
+        if self.stdin is not None and not self.stdin.is_closing():
+            self.stdin.transport.abort()  # what was not written has no reader any more
         code = status if status >= 0 else 128 - status
         return Exit(code, self._reason(code), self.stderr_tail())
 
@@ -120,38 +123,49 @@ class BubblewrapProcess:
 
 
 async def start(
-    command: Sequence[str], handed: Handed, *, stdin: bool, oom_kills: Callable[[], int]
+    command: Sequence[str], handed: Handed, info: int, *, stdin: bool, oom_kills: Callable[[], int]
 ) -> BubblewrapProcess:
-    """Start a command that becomes bwrap. `handed` is what it inherits besides its three standard streams."""
+    """Start a command that becomes bwrap. `handed` is what it inherits besides its three standard streams.
+
+    info: where bwrap's `--info-fd` can be read; closed by the process that is returned. Not by the event
+    loop's own means: uvloop's leave descriptors of the server open in the child. Raises SandboxError.
+    """
     before = oom_kills()
-    reader, writer = os.pipe()
-    loop = asyncio.get_running_loop()
-    stdout = LineReader()
-    # A pipe of our own: the loop's own would come with a plain StreamReader.
-    output, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(stdout),
-        os.fdopen(reader, "rb", 0),
-    )
+    streams, theirs = await connect(stdin=stdin)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
-            stdout=writer,
-            stderr=asyncio.subprocess.PIPE,
-            limit=READ_AHEAD,
-            env={},  # bwrap's own is readable inside, in /proc/1/environ
-            cwd="/",
-            pass_fds=handed.fds,
-            start_new_session=True,
-        )
+        monitor = _spawn(command, theirs, handed)
     except BaseException as error:
-        output.close()
+        streams.close()
         if isinstance(error, OSError):
-            raise SandboxError(f"the sandbox does not start: {error.strerror}: {command[0]}") from error
+            raise SandboxError(f"the sandbox does not start: {error}") from error
         raise
     finally:
-        os.close(writer)
-    return BubblewrapProcess(process, stdout, output, lambda: oom_kills() > before)
+        for fd in theirs:
+            os.close(fd)
+    return BubblewrapProcess(monitor, streams, info, lambda: oom_kills() > before)
+
+
+def _spawn(command: Sequence[str], theirs: Sequence[int], handed: Handed) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdout=theirs[0],
+        stderr=theirs[1],
+        stdin=theirs[2] if len(theirs) > 2 else subprocess.DEVNULL,
+        env={},  # bwrap's own can be read inside, in /proc/1/environ
+        cwd="/",
+        pass_fds=handed.fds,
+        start_new_session=True,
+    )
+
+
+async def _ended(monitor: subprocess.Popen[bytes]) -> int:
+    """Wait for the exit status, negative for a signal."""
+    pidfd = os.pidfd_open(monitor.pid)
+    try:
+        await _readable(pidfd)
+    finally:
+        os.close(pidfd)
+    return monitor.wait()
 
 
 def _reap(pidfd: int) -> None:

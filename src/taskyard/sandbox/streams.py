@@ -1,8 +1,11 @@
-"""Reading what a sandboxed program writes: bounded memory, however much it is."""
+"""The standard streams of a sandboxed command: bounded memory, however much it writes."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from dataclasses import dataclass
+from functools import partial
 
 from taskyard.sandbox.provider import LINE_BYTES
 
@@ -80,3 +83,54 @@ class Tail:
     def text(self) -> str:
         """What is kept; bytes that are no UTF-8 become U+FFFD."""
         return self._bytes.decode("utf-8", "replace")
+
+
+@dataclass
+class Streams:
+    """Our ends of a command's pipes."""
+
+    stdin: asyncio.StreamWriter | None
+    stdout: LineReader
+    stderr: asyncio.StreamReader
+    transports: list[asyncio.BaseTransport]
+
+    def close(self) -> None:
+        """Give up what was not read yet."""
+        for transport in self.transports:
+            transport.close()
+
+    @property
+    def closed(self) -> bool:
+        return all(transport.is_closing() for transport in self.transports)
+
+
+async def connect(*, stdin: bool) -> tuple[Streams, list[int]]:
+    """Make pipes. The other ends, of standard output, error, and input if wanted, are the caller's to close."""
+    loop = asyncio.get_running_loop()
+    streams = Streams(None, LineReader(), asyncio.StreamReader(limit=READ_AHEAD), [])
+    others: list[int] = []
+    try:
+        for reader in (streams.stdout, streams.stderr):
+            ours, other = os.pipe()
+            others.append(other)
+            protocol = asyncio.StreamReaderProtocol(reader)
+            output, _ = await loop.connect_read_pipe(partial(_same, protocol), os.fdopen(ours, "rb", 0))
+            streams.transports.append(output)
+        if stdin:
+            other, ours = os.pipe()
+            others.append(other)
+            unused = asyncio.StreamReader()
+            protocol = asyncio.StreamReaderProtocol(unused)
+            input_, _ = await loop.connect_write_pipe(partial(_same, protocol), os.fdopen(ours, "wb", 0))
+            streams.transports.append(input_)
+            streams.stdin = asyncio.StreamWriter(input_, protocol, unused, loop)
+    except BaseException:
+        streams.close()
+        for other in others:
+            os.close(other)
+        raise
+    return streams, others
+
+
+def _same(protocol: asyncio.StreamReaderProtocol) -> asyncio.StreamReaderProtocol:
+    return protocol

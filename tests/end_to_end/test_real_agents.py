@@ -1,0 +1,153 @@
+"""The real Claude Code and the real Codex, in real sandboxes, on a real repository.
+
+Only the paid model is stood in for, by the scripted endpoint of tests/support/model_endpoint.py: the
+agents' own programs, their adapters, the gateway, the sandbox and git are the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from taskyard.agents.adapters import adapters
+from taskyard.db.engine import Database
+from taskyard.settings import ModelSettings, Settings, Upstream
+from tests.conftest import make_settings
+from tests.support.model_endpoint import INPUT_TOKENS, OUTPUT_TOKENS, Endpoint, model_endpoint
+from tests.support.repositories import heads, run_git
+from tests.support.yard import Run, Yard, eventually, of_method, open_yard, said, updates
+
+KEY = "sk-real-key-that-stays-outside"
+MODELS = {
+    "claude": {"runtime_adapter": "claude", "model": "claude-sonnet-4-6"},
+    "codex": {"runtime_adapter": "codex", "model": "gpt-5.5"},
+}
+both = pytest.mark.parametrize("agent", ["claude", "codex"])
+
+
+@pytest.fixture
+async def endpoint() -> AsyncIterator[Endpoint]:
+    async with model_endpoint() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str, endpoint: Endpoint) -> Settings:
+    upstream = Upstream(base_url=endpoint.url, api_key=KEY)
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    settings = make_settings(
+        data_dir, database_url, models=ModelSettings(anthropic=upstream, openai=upstream)
+    )
+    installed = os.environ.get("TASKYARD_TEST_DATA_DIR")
+    if installed is None:
+        pytest.fail(
+            "TASKYARD_TEST_DATA_DIR is not set: run these tests by scripts/test, which installs the agents"
+        )
+    (data_dir / "agents").symlink_to(Path(installed) / "agents")
+    missing = [name for name in MODELS if not adapters(settings)[name].installed]
+    if missing:
+        pytest.fail(f"not installed below {installed}: {missing}; scripts/test installs them")
+    return settings
+
+
+@pytest.fixture
+async def live(settings: Settings, database: Database) -> AsyncIterator[Yard]:
+    async with open_yard(settings, database, worker=True) as yard:
+        yield yard
+
+
+@both
+async def test_an_edit_becomes_a_branch(
+    live: Yard, shop: Path, repository: str, endpoint: Endpoint, agent: str
+) -> None:
+    prompt = (
+        "Please help. [[write:notes.txt|made by the agent]] [[bash:env; cat notes.txt]] [[text:All done.]]"
+    )
+    run = await live.api().start(prompt, repository=repository, **MODELS[agent])
+    body = await run.status("completed", "failed")
+    assert body["status"] == "completed", body["error_message"]
+
+    branch = body["output"]["head_branch"]
+    assert run_git(shop, "show", f"{branch}:notes.txt").strip() == "made by the agent"
+    assert run_git(shop, "rev-list", "--count", f"main..{branch}") == "1"
+    assert set(heads(shop)) == {"main", branch}
+
+    log = await run.log()
+    assert "All done." in said(log)
+    events = await run.stream()
+    assert of_method(log, "_posthog/turn_complete")[0]["stopReason"] == "end_turn"
+    streamed = {json.dumps(event) for _, event in events}
+    only_logged = [entry for entry in log if json.dumps(entry) not in streamed]
+    assert {entry["notification"]["params"]["update"]["sessionUpdate"] for entry in only_logged} <= {
+        "agent_message", "agent_thought_chunk",
+    }  # fmt: skip
+
+    # The key was added on the host, to every call, and is seen nowhere else.
+    calls = endpoint.model_calls()
+    assert calls
+    for call in calls:
+        assert KEY in (
+            call.headers.get("x-api-key", ""),
+            call.headers.get("authorization", "").removeprefix("Bearer "),
+        )
+    text = json.dumps([log, events, body])
+    assert "taskyard-gateway" in text  # the dummy that stands inside in its place, shown by `env`
+    assert KEY not in text
+
+    used = body["state"]["token_usage"]
+    assert used["model_calls"] == len(calls)
+    assert used["output_tokens"] == OUTPUT_TOKENS * len(calls)
+    assert used["input_tokens"] >= INPUT_TOKENS
+
+
+@both
+async def test_a_refused_model_call_fails_the_run(live: Yard, agent: str) -> None:
+    run = await live.api().start("[[error:400|no such luck]]", **MODELS[agent])
+    body = await run.status("failed", "completed")
+    assert body["state"].get("error_type") == "agent_error", body
+    assert "no such luck" in body["error_message"]
+    assert KEY not in json.dumps([body, await run.log()])
+
+
+@both
+async def test_follow_up_in_the_same_session(live: Yard, endpoint: Endpoint, agent: str) -> None:
+    run = await live.api().start("[[text:My word is walnut.]]", mode="interactive", **MODELS[agent])
+    await run.turns(1)
+    await run.command("user_message", content="[[text:And now?]]")
+    log = await run.turns(2)
+    assert [part for part in ("walnut", "And now?") if part in said(log)] == ["walnut", "And now?"]
+    # The second call carries the first turn: it is one conversation.
+    assert "walnut" in json.dumps(endpoint.model_calls()[-1].body)
+    await run.cancel()
+
+
+@both
+async def test_cancel_of_a_turn(live: Yard, agent: str) -> None:
+    run = await live.api().start("[[slow:60]]", mode="interactive", **MODELS[agent])
+    await streaming(run)
+    assert (await run.command("cancel"))["result"] == {"cancelled": True}
+    log = await run.turns(1)
+    assert of_method(log, "_posthog/turn_complete")[0]["stopReason"] == "cancelled"
+    await run.command("user_message", content="[[text:Still here.]]")
+    assert "Still here." in said(await run.turns(2))
+    await run.cancel()
+
+
+@both
+async def test_tool_calls_are_recorded(live: Yard, agent: str) -> None:
+    run = await live.api().start("[[bash:echo out$((40+2))]] [[text:done]]", **MODELS[agent])
+    await run.status("completed")
+    log = await run.log()
+    assert updates(log, "tool_call")
+    assert "out42" in json.dumps(updates(log, "tool_call_update"))
+
+
+async def streaming(run: Run) -> None:
+    await eventually(
+        run.stream_text, lambda text: "agent_message_chunk" in text, lambda text: f"chunk in {text[-500:]}"
+    )
