@@ -81,7 +81,11 @@ class Bench:
 
     async def run(self) -> None:
         print(f"{'operation':<44} {'CPU ms':>8} {'PG ms':>8} {'p50 ms':>9} {'p95 ms':>9} {'per s':>9}")
-        task = {"title": "Bench", "description": "Fix the flaky test\nin the importer.", "repository": "acme/shop"}
+        task = {
+            "title": "Bench",
+            "description": "Fix the flaky test\nin the importer.",
+            "repository": "acme/shop",
+        }
         ids: list[str] = []
 
         async def create(_: int) -> None:
@@ -103,6 +107,8 @@ class Bench:
         await self.measure("get task, 8 connections", 3000, get, at_once=8)
         await self.measure("list 100 tasks", 200, list_100)
         await self.measure("change -> subscriber", 200, await self.subscribed())
+        await self.call("PATCH", self._subscribed, json={"status": "cancelled"})
+        await self._reader
         await self.measure("create + start run -> first agent event", 20, self.first_event)
         await self.measure("runs to completion, 8 at once", 40, self.completed_run, at_once=8)
         await self.client.aclose()
@@ -127,7 +133,7 @@ class Bench:
                     if line.startswith("data: ") and '"error_message": "bench' in line:
                         arrived.put_nowait(time.perf_counter())
 
-        self._reader = asyncio.create_task(read())
+        self._subscribed, self._reader = path, asyncio.create_task(read())
         await connected.wait()
 
         async def change(number: int) -> float:
@@ -170,7 +176,9 @@ def main() -> int:
         print("after: " + ", ".join(f"{name} {mb:.0f} MB" for name, mb in after.items()) + " (PSS)")
         if args.json:
             result = {"ready_s": server.ready_s, "memory_mb": memory, "after_mb": after}
-            args.json.write_text(json.dumps(result | {"figures": [asdict(f) for f in bench.figures]}, indent=1))
+            args.json.write_text(
+                json.dumps(result | {"figures": [asdict(f) for f in bench.figures]}, indent=1)
+            )
     return 0
 
 

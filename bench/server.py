@@ -75,7 +75,7 @@ def running_server() -> Iterator[Server]:
         env |= {"TASKYARD_DATA_DIR": str(data_dir), "TASKYARD_RATE_LIMITS__ENABLED": "false"}
         started = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "taskyard.cli.main", "serve", "--port", "0"], env=env, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "taskyard.cli", "serve", "--port", "0"], env=env, stdout=subprocess.DEVNULL
         )
         try:
             state = data_dir / "server.json"

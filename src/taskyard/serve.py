@@ -159,7 +159,9 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     except OSError as error:
-        raise SetupError(f"cannot use the data folder {folder}: {error.strerror}. Give another --data-dir.") from error
+        raise SetupError(
+            f"cannot use the data folder {folder}: {error.strerror}. Give another --data-dir."
+        ) from error
 
 
 def _write_private(path: Path, text: str) -> None:

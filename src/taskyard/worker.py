@@ -103,7 +103,9 @@ async def _take_over(app: procrastinate.App) -> None:
     while True:
         try:
             for job in await manager.get_stalled_jobs(queue=QUEUE, seconds_since_heartbeat=STALLED_S):
-                log.warning("taking over a job of a dead worker", job=job.id, run=job.task_kwargs.get("run_id"))
+                log.warning(
+                    "taking over a job of a dead worker", job=job.id, run=job.task_kwargs.get("run_id")
+                )
                 await manager.retry_job(job)
             await manager.prune_stalled_workers(STALLED_S)
         except procrastinate.exceptions.ConnectorException as error:

@@ -27,7 +27,7 @@ def test_repeated_and_at_once(database_url: str) -> None:
 def test_a_newer_schema_is_left_alone(database_url: str) -> None:
     with psycopg.connect(database_url) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(SetupError, match="schema 9999.*newer one. Upgrade Taskyard"):
+    with pytest.raises(SetupError, match=r"schema 9999.*newer one. Upgrade Taskyard"):
         migrate.upgrade(database_url)
     with psycopg.connect(database_url) as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("9999",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def test_text_is_one_block() -> None:
 
 def test_blocks_pass_through() -> None:
     blocks = [{"type": "text", "text": "a"}, {"type": "image", "data": "x"}]
-    assert content_blocks(BLOCKS + '{"blocks": [{"type": "text", "text": "a"}, {"type": "image", "data": "x"}]}') == blocks
+    assert content_blocks(BLOCKS + json.dumps({"blocks": blocks})) == blocks
 
 
 @pytest.mark.parametrize("rest", ["", "{", "[]", '{"blocks": []}', '{"blocks": "x"}', '{"blocks": [1]}'])

@@ -24,7 +24,9 @@ class Sink:
             if entry.shown & shown:
                 message = json.loads(entry.data)["notification"]
                 update = message.get("params", {}).get("update")
-                found.append((update["sessionUpdate"], update.get("content", {}).get("text")) if update else message)
+                found.append(
+                    (update["sessionUpdate"], update.get("content", {}).get("text")) if update else message
+                )
         return found
 
 

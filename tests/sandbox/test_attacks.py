@@ -271,21 +271,21 @@ print(open("/proc/self/status").read())
 
 @needs_limits
 async def test_a_fork_bomb_is_held(hut: Hut) -> None:
-    bombed = await hut.sandbox("bombed", Limits(cpus=1, memory_mb=256, pids=64, tmp_mb=16))
+    bombed = await hut.sandbox(f"bombed-{os.getpid()}", Limits(cpus=1, memory_mb=256, pids=64, tmp_mb=16))
     neighbour = await hut.sandbox("neighbour")
     process = await bombed.exec(["sh", "-c", "b() { b | b & }; echo ready; b; sleep 60"])
     assert await first_line(process) == "ready"
-    events = [path for path in Path("/sys/fs/cgroup").rglob("bombed.*/pids.current")]
+    counts = list(Path("/sys/fs/cgroup").rglob(f"{bombed.id}.*/pids.current"))
     deadline = time.monotonic() + 60
-    while max(int(path.read_text()) for path in events) < 50:
+    while max(int(path.read_text()) for path in counts) < 50:
         assert time.monotonic() < deadline, "the bomb does not go off"
         await asyncio.sleep(0.01)
     assert (await shell(neighbour, "echo fine")).output == "fine\n"
-    assert max(int(path.read_text()) for path in events) <= 64
+    assert max(int(path.read_text()) for path in counts) <= 64
     async with asyncio.timeout(60):
         await process.kill()
         await bombed.destroy()
-    assert not any(path.exists() for path in events)
+    assert not any(path.exists() for path in counts)
 
 
 @needs_limits

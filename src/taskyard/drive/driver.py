@@ -103,8 +103,7 @@ class Driver:
             await self._load()
             if self._row["status"] in TERMINAL:
                 return
-            if self.lease.generation > 1:
-                raise RunFailure("worker_lost", "The worker that drove this run died. Start the run again.")
+            self._check_first()
             await self._change(status="in_progress")
             await self._set_up()
             await self._converse()
@@ -123,7 +122,9 @@ class Driver:
         except Exception as error:
             log.exception("driving a run failed", run=self.run_id)
             with suppress(LeaseLostError):
-                await self._fail("internal_error", f"Internal error: {type(error).__name__}. See the server's log.")
+                await self._fail(
+                    "internal_error", f"Internal error: {type(error).__name__}. See the server's log."
+                )
 
     async def close(self) -> None:
         """Free everything, whatever happened before."""
@@ -151,13 +152,20 @@ class Driver:
         self._row = rows[0]
         self._task = self._row["task"]
 
+    def _check_first(self) -> None:
+        """A run that another worker began cannot be carried on here: its sandbox is gone."""
+        if self.lease.generation > 1:
+            raise RunFailure("worker_lost", "The worker that drove this run died. Start the run again.")
+
     # --- set-up ---
 
     async def _set_up(self) -> None:
         limits = self.parts.settings.sandbox
         spec = Spec(
             id=self.run_id,
-            limits=Limits(cpus=limits.cpus, memory_mb=limits.memory_mb, pids=limits.pids, tmp_mb=limits.tmp_mb),
+            limits=Limits(
+                cpus=limits.cpus, memory_mb=limits.memory_mb, pids=limits.pids, tmp_mb=limits.tmp_mb
+            ),
         )
         async with self._step("sandbox", "Setting up sandbox", "sandbox_failed"):
             self._sandbox = await self._attend(self.parts.provider.create(spec))
@@ -241,11 +249,15 @@ class Driver:
         finally:
             self._turn = False
         if problem is not None:
-            self.recorder.add(entries.named("_posthog/error", {"sessionId": agent.session_id, "message": problem}))
+            self.recorder.add(
+                entries.named("_posthog/error", {"sessionId": agent.session_id, "message": problem})
+            )
         failed_publish = await self._publish(work)
         await self._save_usage(agent)
         self.recorder.add(
-            entries.named("_posthog/turn_complete", {"sessionId": agent.session_id, "stopReason": stop_reason})
+            entries.named(
+                "_posthog/turn_complete", {"sessionId": agent.session_id, "stopReason": stop_reason}
+            )
         )
         interactive = self._row["state"].get("mode") == "interactive"
         if problem is not None and not interactive:
@@ -254,18 +266,21 @@ class Driver:
             raise RunFailure("publish_failed", failed_publish)
         if stop_reason == "end_turn" and await self._structured_output(agent):
             return True
-        at_turn = self._limits.background_end == "turn" and not interactive
-        if at_turn and stop_reason != "cancelled" and not await commands.waiting(self.parts.database, self.lease.run_id):
-            await self._change(status="completed")
-            return True
-        return False
+        if interactive or self._limits.background_end != "turn" or stop_reason == "cancelled":
+            return False
+        if await commands.waiting(self.parts.database, self.lease.run_id):
+            return False
+        await self._change(status="completed")
+        return True
 
     async def _publish(self, work: Work) -> str | None:
         """Bring new commits to the run's branch; the problem when that failed."""
         try:
             published = await self._attend(work.publish())
         except TaskyardError as error:
-            self.recorder.add(entries.progress(self.run_id, "publish", "failed", "Publishing the work", error.detail))
+            self.recorder.add(
+                entries.progress(self.run_id, "publish", "failed", "Publishing the work", error.detail)
+            )
             return error.detail
         if published is not None:
             label = f"Published {published.branch}"
@@ -299,7 +314,9 @@ class Driver:
         while True:
             letters = await commands.take(self.parts.database, self.lease, ("user_message",), limit=1)
             if letters:
-                await commands.answer(self.parts.database, self.lease, letters[0].seq, result={"queued": True})
+                await commands.answer(
+                    self.parts.database, self.lease, letters[0].seq, result={"queued": True}
+                )
                 return str(letters[0].params["content"])
             left = min(end, self._deadline) - self._loop.time()
             if left <= 0:
@@ -345,7 +362,9 @@ class Driver:
         """Look at the run's rows: has a client ended it, is there an urgent command?"""
         if self.recorder.lost:
             raise LeaseLostError
-        row = await self.parts.database.fetch_one("SELECT status FROM runs WHERE id = %(run)s", run=self.lease.run_id)
+        row = await self.parts.database.fetch_one(
+            "SELECT status FROM runs WHERE id = %(run)s", run=self.lease.run_id
+        )
         if row is None or row["status"] in TERMINAL:
             raise Ended
         for letter in await commands.take(self.parts.database, self.lease, URGENT):
@@ -381,7 +400,8 @@ class Driver:
         assert agent is not None
         now = self._loop.time()
         if self._cancelled_at is not None and now - self._cancelled_at > CANCEL_S:
-            raise RunFailure("agent_unresponsive", f"The agent did not stop its turn within {CANCEL_S:g} s of a cancel.")
+            message = f"The agent did not stop its turn within {CANCEL_S:g} seconds of a cancel."
+            raise RunFailure("agent_unresponsive", with_tail(message, agent.stderr_tail()))
         silence = now - max(agent.last_message_at, agent.prompted_at)
         if silence > self._limits.agent_silence_s and not agent.permissions.waiting:
             message = f"The agent sent nothing for {self._limits.agent_silence_s:g} seconds in the middle of a turn."

@@ -58,7 +58,9 @@ class Permissions:
         self._open[request_id] = (request, future)
         self._recorder.add(
             entries.raw({"type": "permission_request", **request}, Shown.STREAM),
-            entries.named("_posthog/permission_request", {"toolCallId": tool_call.get("toolCallId"), **request}),
+            entries.named(
+                "_posthog/permission_request", {"toolCallId": tool_call.get("toolCallId"), **request}
+            ),
         )
         try:
             return await future

@@ -90,8 +90,9 @@ class Recorder:
         while not self.lost:
             try:
                 async with self._database.connection() as connection:
-                    await store.append(connection, self._lease.run_id, batch, generation=self._lease.generation)
-                return
+                    await store.append(
+                        connection, self._lease.run_id, batch, generation=self._lease.generation
+                    )
             except store.LeaseLostError:
                 self.lost = True
                 self._on_lost()
@@ -99,3 +100,5 @@ class Recorder:
                 log.warning("cannot write events, trying again", error=str(error).strip(), delay=delay)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 2.0)
+            else:
+                return

@@ -178,7 +178,9 @@ def _adapter(settings: Settings, state: Mapping[str, Any]) -> Adapter:
     name = state.get("agent") or state.get("runtime_adapter") or DEFAULT_AGENT
     adapter = adapters(settings).get(name)
     if adapter is None:
-        raise RunFailure("agent_unknown", f"This worker has no agent '{name}'. `taskyard agents list` shows them.")
+        raise RunFailure(
+            "agent_unknown", f"This worker has no agent '{name}'. `taskyard agents list` shows them."
+        )
     return adapter
 
 
@@ -229,7 +231,7 @@ async def _open(
     recorder: Recorder,
 ) -> None:
     """Handshake, session, title, permission mode, model and effort."""
-    connection = agent._connection  # noqa: SLF001 - the second half of the constructor
+    connection = agent._connection
     answer = await connection.initialize(adapter.initialize_meta)
     info = answer.get("agentInfo")
     agent.version = str(info.get("version", "")) if isinstance(info, dict) else ""

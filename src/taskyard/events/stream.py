@@ -6,6 +6,7 @@ A slow reader costs nothing but its own time: nothing is queued for it.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from uuid import UUID
@@ -26,6 +27,11 @@ def position(event_id: str | None) -> int | None:
     return int(match[1]) if match else None
 
 
+async def _look(database: Database, run_id: UUID, after: int) -> tuple[bool, list[store.Stored]]:
+    over = await store.is_over(database, run_id)
+    return over, await store.read(database, run_id, Shown.STREAM, after=after, limit=BATCH)
+
+
 async def frames(
     database: Database, hub: Hub, run_id: UUID, *, after: int, keepalive_s: float = KEEPALIVE_S
 ) -> AsyncIterator[bytes]:
@@ -36,8 +42,9 @@ async def frames(
     """
     with hub.subscribe(f"{EVENTS}{run_id}") as wake:
         while True:
-            over = await store.is_over(database, run_id)  # before the read: nothing may slip in between
-            batch = await store.read(database, run_id, Shown.STREAM, after=after, limit=BATCH)
+            # The state is read before the entries: nothing may slip in between. A reader that leaves cancels
+            # this; without the shield its database connection would be broken off with it.
+            over, batch = await asyncio.shield(_look(database, run_id, after))
             if batch:
                 after = batch[-1].seq
                 yield "".join(f"id: {item.id}\ndata: {item.data}\n\n" for item in batch).encode()

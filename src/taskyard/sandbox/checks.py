@@ -40,10 +40,13 @@ async def bubblewrap() -> Problem:
     path = shutil.which("bwrap")
     if path is None:
         return Problem("bubblewrap", False, "bwrap is not installed", remedy, fatal=True)
-    process = await asyncio.create_subprocess_exec(
-        path, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
-    )
-    output, _ = await process.communicate()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            path, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+        )
+        output, _ = await process.communicate()
+    except OSError as error:
+        return Problem("bubblewrap", False, f"{path} does not start: {error.strerror}", remedy, fatal=True)
     text = output.decode("utf-8", "replace").strip()
     found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
     if found is None or tuple(map(int, found.groups())) < MINIMUM:

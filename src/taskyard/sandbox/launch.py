@@ -61,15 +61,16 @@ def command_line(
         if not mount.symlink and not mount.source.exists():
             raise SandboxError(f"{mount.source} is to be seen in a sandbox, and does not exist")
     if folder.identity is None:
-        line = _bwrap(host, replace(scene, mounts=mounts), command, handed, info_fd)
+        line = _bwrap(host.bwrap, replace(scene, mounts=mounts), command, handed, info_fd)
     else:
-        paths = [folder.workspace, folder.home]
+        # Also bwrap, which may lie in somebody's home.
+        paths = [folder.workspace, folder.home, Path(host.bwrap)]
         for index, mount in enumerate(mounts):
             if not mount.symlink:
                 mounts[index] = replace(mount, source=Path(staged(len(paths))))
                 paths.append(mount.source)
         seen = replace(scene, workspace=staged(0), home=staged(1), mounts=mounts)
-        line = confined(folder.identity, paths, _bwrap(host, seen, command, handed, info_fd))
+        line = confined(folder.identity, paths, _bwrap(staged(2), seen, command, handed, info_fd))
     assert folder.limits is not None
     limits = [f"--fsize={_at_most(resource.RLIMIT_FSIZE, FILE_BYTES)}"]
     if group is None:
@@ -87,10 +88,10 @@ def door_command(command: Sequence[str], channel: int) -> tuple[list[str], tuple
     return [*python, "-I", "-S", DOOR, str(channel), *command], mounts
 
 
-def _bwrap(host: Host, scene: Scene, command: Sequence[str], handed: Handed, info_fd: int) -> list[str]:
+def _bwrap(bwrap: str, scene: Scene, command: Sequence[str], handed: Handed, info_fd: int) -> list[str]:
     words = options(scene, handed, info_fd)
     arguments = handed.data(b"".join(os.fsencode(word) + b"\0" for word in words))
-    return [host.bwrap, "--args", str(arguments), "--", *command]
+    return [bwrap, "--args", str(arguments), "--", *command]
 
 
 def _at_most(limit: int, wanted: int) -> int:
