@@ -18,7 +18,8 @@ from taskyard.drive.driver import Parts, drive
 from taskyard.errors import SetupError
 from taskyard.jobs import DRIVE, QUEUE, engine
 from taskyard.sandbox.bubblewrap import BubblewrapProvider
-from taskyard.sandbox.provider import Provider
+from taskyard.sandbox.provider import SandboxError
+from taskyard.sandbox.selftest import selftest
 from taskyard.settings import Settings
 
 log = structlog.get_logger()
@@ -38,6 +39,7 @@ async def running_worker(settings: Settings, database: Database) -> AsyncIterato
     seconds to finish.
     """
     provider = await checked_provider(settings)
+    await remove_leftovers(provider)
     hub = Hub(database.url)
     await hub.start()
     name = f"{socket.gethostname()}:{os.getpid()}"
@@ -70,10 +72,12 @@ async def running_worker(settings: Settings, database: Database) -> AsyncIterato
             await hub.stop()
 
 
-async def checked_provider(settings: Settings) -> Provider:
-    """The sandbox provider, or SetupError naming everything that this machine lacks for it."""
+async def checked_provider(settings: Settings) -> BubblewrapProvider:
+    """The sandbox provider, after its self-test; SetupError names everything that this machine lacks for it."""
     provider = BubblewrapProvider(settings)
     problems = await provider.check()
+    if not any(problem.fatal and not problem.ok for problem in problems):
+        problems += await selftest(provider)
     for problem in problems:
         if not problem.ok and not problem.fatal:
             log.warning("sandbox", check=problem.name, detail=problem.detail, remedy=problem.remedy)
@@ -82,6 +86,18 @@ async def checked_provider(settings: Settings) -> Provider:
         lines = [f"{problem.name}: {problem.detail} {problem.remedy}".strip() for problem in fatal]
         raise SetupError("this machine cannot run sandboxes.\n" + "\n".join(lines))
     return provider
+
+
+async def remove_leftovers(provider: BubblewrapProvider) -> None:
+    """Remove the sandboxes of servers that died; those in use are left alone."""
+    for name in await provider.list():
+        try:
+            left = await provider.attach(name)
+            if left is not None:
+                await left.destroy()
+                log.info("removed a sandbox that a dead server left", sandbox=name)
+        except SandboxError as error:
+            log.debug("left a sandbox alone", sandbox=name, reason=error.detail)
 
 
 def _register(app: procrastinate.App, parts: Parts) -> None:

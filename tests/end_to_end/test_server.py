@@ -51,6 +51,8 @@ def test_kill_of_the_server_is_survived(tmp_path: Path) -> None:
         # The run whose driver died is taken over, and says what happened.
         body = again.wait(path, status="failed")
         assert body["state"]["error_type"] == "worker_lost"
+        # What the dead server left on the disk is gone.
+        assert not any((data / "sandboxes").iterdir())
     assert postgres_of(data) == []
 
 

@@ -402,7 +402,7 @@ class Driver:
         if self._cancelled_at is not None and now - self._cancelled_at > CANCEL_S:
             message = f"The agent did not stop its turn within {CANCEL_S:g} seconds of a cancel."
             raise RunFailure("agent_unresponsive", with_tail(message, agent.stderr_tail()))
-        silence = now - max(agent.last_message_at, agent.prompted_at)
+        silence = now - max(agent.last_message_at, agent.prompted_at, agent.permissions.answered_at)
         if silence > self._limits.agent_silence_s and not agent.permissions.waiting:
             message = f"The agent sent nothing for {self._limits.agent_silence_s:g} seconds in the middle of a turn."
             raise RunFailure("agent_silent", with_tail(message, agent.stderr_tail()))

@@ -29,6 +29,8 @@ class Permissions:
         self._recorder = recorder
         self._ask = attended and mode in ASKING_MODES
         self._open: dict[str, tuple[Json, asyncio.Future[str]]] = {}
+        self.answered_at = 0.0
+        """Loop time of the last answer of a person; the agent was not silent before it."""
 
     @property
     def waiting(self) -> bool:
@@ -66,6 +68,7 @@ class Permissions:
             return await future
         finally:
             del self._open[request_id]
+            self.answered_at = asyncio.get_running_loop().time()
 
     def resolve(self, params: Json) -> None:
         """A person's answer. Raises LookupError with a clear text when it fits no open request."""
