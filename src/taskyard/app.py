@@ -103,6 +103,9 @@ def unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[by
     """A bug, or a part that is down: the cause goes to the log, not to the client."""
     import psycopg
 
+    if isinstance(error, psycopg.errors.DiskFull):
+        log.error("the disk of the database is full", path=request.url.path, error=str(error).strip())
+        return expected(request, ServiceUnavailableError("The disk of the database is full: nothing can be stored."))
     if isinstance(error, psycopg.OperationalError):
         log.error("the database failed during a request", path=request.url.path, error=str(error).strip())
         return expected(

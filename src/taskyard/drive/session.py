@@ -8,7 +8,14 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
-from taskyard.agents.acp import AcpConnection, AcpError, AgentGoneError, PromptResult, Session
+from taskyard.agents.acp import (
+    AcpConnection,
+    AcpError,
+    AgentGoneError,
+    PromptResult,
+    ProtocolVersionError,
+    Session,
+)
 from taskyard.agents.adapters import (
     GATEWAY,
     Adapter,
@@ -162,9 +169,10 @@ async def start_agent(
         tail = agent.stderr_tail() if agent else ""
         message = f"The agent '{adapter.name}' was not ready after {settings.runs.start_s:g} seconds."
         raise RunFailure("agent_start_timeout", with_tail(message, tail)) from error
-    except AcpError as error:
+    except (AcpError, ProtocolVersionError) as error:
         assert agent is not None
-        message = f"The agent '{adapter.name}' refused to start a session: {error.message}"
+        reason = error.message if isinstance(error, AcpError) else error.detail
+        message = f"The agent '{adapter.name}' refused to start a session: {reason}"
         raise RunFailure("agent_refused", with_tail(message, agent.stderr_tail())) from error
     else:
         started, agent = agent, None
