@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 
 from taskyard.db.embedded import running_url
-from tests.support.site import Site, postgres_of, running_site, taskyard
+from tests.support.site import Site, postgres_of, running_site, running_worker_process, taskyard
 
 
 def test_first_and_second_start(tmp_path: Path) -> None:
@@ -54,6 +54,28 @@ def test_kill_of_the_server_is_survived(tmp_path: Path) -> None:
         # What the dead server left on the disk is gone.
         assert not any((data / "sandboxes").iterdir())
     assert postgres_of(data) == []
+
+
+def test_api_and_worker_apart(tmp_path: Path, database_url: str) -> None:
+    """Two processes with data folders of their own, as on two machines, over a PostgreSQL of the site's."""
+    where = {"TASKYARD_DATABASE_URL": database_url}
+    with running_site(tmp_path / "api", command="api", **where) as site:
+        task = site.call("POST", "tasks/", json={"description": "SAY hello"}).json()
+        run = site.call("POST", f"tasks/{task['id']}/run/", json={"agent": "scripted"}).json()["latest_run"]
+        assert run["status"] == "queued"
+        path = f"tasks/{task['id']}/runs/{run['id']}/"
+        with running_worker_process(tmp_path / "worker", **where) as worker:
+            site.wait(path, status="completed")
+            assert worker.poll() is None
+        assert "hello" in site.call("GET", f"{path}logs/").text
+    for folder in ("api", "worker"):
+        assert not (tmp_path / folder / "postgres").exists()
+
+
+def test_parts_need_a_database(tmp_path: Path) -> None:
+    for part in ("api", "worker"):
+        refused = taskyard(tmp_path / "data", part)
+        assert (refused.returncode, "TASKYARD_DATABASE_URL is not set" in refused.stderr) == (1, True)
 
 
 def test_a_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:

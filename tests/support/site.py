@@ -38,14 +38,14 @@ def taskyard(data_dir: Path, *words: str, **extra: str) -> subprocess.CompletedP
 
 
 class Site:
-    """A running `taskyard serve`."""
+    """A running `taskyard serve` or `taskyard api`."""
 
-    def __init__(self, data_dir: Path, **extra: str) -> None:
+    def __init__(self, data_dir: Path, *, command: str = "serve", **extra: str) -> None:
         self.data_dir = data_dir
         self.output = data_dir.parent / f"serve-{time.monotonic_ns()}.log"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "taskyard.cli", "serve", "--port", "0"],
+                [sys.executable, "-m", "taskyard.cli", command, "--port", "0"],
                 env=environment(data_dir, **extra),
                 cwd=data_dir.parent,
                 stdout=output,
@@ -94,12 +94,29 @@ class Site:
 
 
 @contextlib.contextmanager
-def running_site(data_dir: Path, **extra: str) -> Iterator[Site]:
-    site = Site(data_dir, **extra)
+def running_site(data_dir: Path, *, command: str = "serve", **extra: str) -> Iterator[Site]:
+    site = Site(data_dir, command=command, **extra)
     try:
         yield site
     finally:
         site.stop()
+
+
+@contextlib.contextmanager
+def running_worker_process(data_dir: Path, **extra: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A `taskyard worker`; whether it is ready shows in what it does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "taskyard.cli", "worker"],
+        env=environment(data_dir, **extra),
+        cwd=data_dir.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)
 
 
 def postgres_of(data_dir: Path) -> list[int]:

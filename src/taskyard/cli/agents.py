@@ -29,7 +29,8 @@ def list_agents(data_dir: DataDir = None, as_json: AsJson = False) -> None:
         typer.echo(json.dumps([asdict(info) for info in found], indent=2, default=str))
         return
     for info in found:
-        typer.echo(f"{info.name}: {info.title}{'' if info.installed else ' (not installed)'}")
+        state = "" if info.package is None else ", installed" if info.installed else ", not installed"
+        typer.echo(f"{info.name}: {info.title}{state}")
         if info.package:
             typer.echo(f"    {_package(info)}")
         if not info.installed:
