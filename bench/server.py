@@ -67,10 +67,10 @@ def _pss(pid: int) -> float:
 
 
 @contextmanager
-def running_server() -> Iterator[Server]:
-    """A server on a free port, stopped at the end."""
+def running_server(kept: Path | None = None) -> Iterator[Server]:
+    """A server on a free port, stopped at the end. Its data are in a folder of its own, or in `kept`."""
     with tempfile.TemporaryDirectory(prefix="taskyard-bench-") as folder:
-        data_dir = Path(folder) / "data"
+        data_dir = kept or Path(folder) / "data"
         env = {k: v for k, v in os.environ.items() if not k.startswith("TASKYARD_")}
         env |= {"TASKYARD_DATA_DIR": str(data_dir), "TASKYARD_RATE_LIMITS__ENABLED": "false"}
         started = time.monotonic()

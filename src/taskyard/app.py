@@ -12,10 +12,14 @@ from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from taskyard.accounts.routes import ROUTES as ACCOUNTS
 from taskyard.agents.adapters import adapters
+from taskyard.artifacts.api import RunArtifactController, StagedArtifactController
+from taskyard.automations.api import AutomationController
 from taskyard.commands.api import CommandController
 from taskyard.db.engine import Database
 from taskyard.db.hub import Hub
+from taskyard.environments.api import EnvironmentController
 from taskyard.errors import (
     MethodNotAllowedError,
     NotFoundError,
@@ -24,7 +28,14 @@ from taskyard.errors import (
 )
 from taskyard.forge.api import RepositoryController
 from taskyard.http import answer
-from taskyard.runs.api import RunController, signed_log
+from taskyard.idempotency import idempotent
+from taskyard.objects.api import download, upload
+from taskyard.objects.cors import cross_origin
+from taskyard.objects.service import open_store
+from taskyard.openapi.api import ROUTES as OPENAPI
+from taskyard.runs.api import RunController
+from taskyard.runs.log_api import RunLogController, event_stream, signed_log
+from taskyard.runs.tokens import RunTokens
 from taskyard.security import Signer
 from taskyard.settings import Settings
 from taskyard.tasks.api import TaskController
@@ -34,6 +45,12 @@ log = structlog.get_logger()
 
 def create_app(settings: Settings, database: Database) -> ASGIApp:
     """The API over an open, migrated database."""
+    app = heads_and_options(application(settings, database))
+    return cross_origin(app, settings.objects.cors_origins)
+
+
+def application(settings: Settings, database: Database) -> Litestar:
+    """The same with its table of routes."""
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
@@ -41,21 +58,35 @@ def create_app(settings: Settings, database: Database) -> ASGIApp:
         await hub.start()
         row = await database.fetch_one("SELECT key FROM signing_keys WHERE name = 'urls'")
         assert row is not None
-        app.state.update({"hub": hub, "signer": Signer(bytes(row["key"]))})
+        run_tokens = await RunTokens.load(database)
+        objects = await open_store(settings, database)
+        app.state["objects"] = objects
+        app.state.update({"hub": hub, "signer": Signer(bytes(row["key"])), "run_tokens": run_tokens})
         try:
             yield
         finally:
+            await objects.close()
             await hub.stop()
 
-    app = Litestar(
+    return Litestar(
         route_handlers=[
             health,
             ready,
             signed_log,
+            *ACCOUNTS,
+            *OPENAPI,
             TaskController,
             RunController,
+            RunLogController,
+            event_stream,
             CommandController,
             RepositoryController,
+            EnvironmentController,
+            AutomationController,
+            StagedArtifactController,
+            RunArtifactController,
+            upload,
+            download,
         ],
         state=State({"settings": settings, "database": database, "agents": frozenset(adapters(settings))}),
         lifespan=[lifespan],
@@ -64,10 +95,10 @@ def create_app(settings: Settings, database: Database) -> ASGIApp:
             HTTPException: framework,
             Exception: unexpected,
         },
+        middleware=[idempotent],
         openapi_config=None,
         logging_config=None,
     )
-    return heads_and_options(app)
 
 
 @get("/health", media_type=MediaType.JSON, sync_to_thread=False)
@@ -84,7 +115,7 @@ async def ready(request: Request[Any, Any, Any]) -> Response[bytes]:
 
 
 def expected(_: Request[Any, Any, Any], error: TaskyardError) -> Response[bytes]:
-    return answer(error.envelope(), error.status, dict(type(error).headers))
+    return answer(error.envelope(), error.status, error.answer_headers())
 
 
 def framework(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
@@ -105,7 +136,9 @@ def unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[by
 
     if isinstance(error, psycopg.errors.DiskFull):
         log.error("the disk of the database is full", path=request.url.path, error=str(error).strip())
-        return expected(request, ServiceUnavailableError("The disk of the database is full: nothing can be stored."))
+        return expected(
+            request, ServiceUnavailableError("The disk of the database is full: nothing can be stored.")
+        )
     if isinstance(error, psycopg.OperationalError):
         log.error("the database failed during a request", path=request.url.path, error=str(error).strip())
         return expected(

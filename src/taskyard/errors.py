@@ -6,6 +6,7 @@ A failure that the contract answers with a hand-built body sets `body` instead.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 
@@ -39,6 +40,10 @@ class TaskyardError(Exception):
         if self.body is not None:
             return self.body
         return {"type": type(self).type, "code": self.code, "detail": self.detail, "attr": self.attr}
+
+    def answer_headers(self) -> dict[str, str]:
+        """The headers of the HTTP answer."""
+        return dict(type(self).headers)
 
 
 class InvalidInputError(TaskyardError):
@@ -102,6 +107,15 @@ class ThrottledError(TaskyardError):
     status = 429
     type = "throttled_error"
     code = "throttled"
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` from now the request may come again."""
+        self.retry_after_s = max(math.ceil(seconds), 1)
+        noun = "second" if self.retry_after_s == 1 else "seconds"
+        super().__init__(f"Request was throttled. Expected available in {self.retry_after_s} {noun}.")
+
+    def answer_headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s)}
 
 
 class ServiceUnavailableError(TaskyardError):

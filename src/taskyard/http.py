@@ -44,7 +44,12 @@ def path_uuid(text: str) -> UUID:
 
 def origin_of(request: Request[Any, Any, Any]) -> str:
     """The server's own address as this client sees it, without a slash at the end."""
-    return (request.app.state.settings.base_url or str(request.base_url)).rstrip("/")
+    if base_url := request.app.state.settings.base_url:
+        return str(base_url).rstrip("/")
+    host = request.headers.get("host")
+    if host is None:  # HTTP/1.0
+        return str(request.base_url).rstrip("/")
+    return f"{request.scope['scheme']}://{host}{request.scope.get('root_path', '')}".rstrip("/")
 
 
 def log_urls(request: Request[Any, Any, Any]) -> Callable[[str], str]:

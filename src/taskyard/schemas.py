@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, TypeVar
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -20,6 +22,8 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(extra="ignore", str_strip_whitespace=True, frozen=True, use_enum_values=True)
+    opaque: ClassVar[bool] = False
+    """The values are kept as JSON text, so they may hold what the database's own types cannot."""
 
     def sent(self) -> dict[str, Any]:
         """The fields that the request named."""
@@ -76,16 +80,54 @@ def parse(model: type[M], content_type: str, raw: bytes) -> M:
         if kind and kind != "application/json" and not kind.endswith("+json"):
             raise UnsupportedMediaTypeError(f'Unsupported media type "{content_type}" in request.')
         try:
-            value = json.loads(raw)
+            value = _DECODER.decode(raw.decode())
         except (ValueError, RecursionError) as error:
             raise InvalidInputError(f"JSON parse error - {error}", code="parse_error") from error
+        if not model.opaque and _UNSTORABLE.search(raw):
+            check_storable(value)
     if not isinstance(value, dict):
         name = type(value).__name__
         raise InvalidInputError(f"Invalid data. Expected a dictionary, but got {name}.")
+    return _validated(model, value)
+
+
+def parse_query(model: type[M], params: Mapping[str, str]) -> M:
+    """The query parameters that a model knows; others are ignored. Raises InvalidInputError with the first error."""
+    known = {name: params[name] for name in model.model_fields if name in params}
+    check_storable(known)
+    return _validated(model, known)
+
+
+def _validated(model: type[M], value: dict[str, Any]) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
         raise translate(error.errors(include_url=False)[0]) from error
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_UNSTORABLE = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+
+
+def check_storable(value: Any, path: tuple[str, ...] = ()) -> None:
+    """Refuse texts that PostgreSQL cannot hold: those with NUL, or with half of a surrogate pair."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_storable(key, path)
+            check_storable(item, (*path, key))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            check_storable(item, (*path, str(number)))
+    elif isinstance(value, str):
+        if "\0" in value:
+            detail = "Null characters are not allowed."
+            raise InvalidInputError(detail, code="null_characters_not_allowed", attr="__".join(path) or None)
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise InvalidInputError("Not a valid string.", attr="__".join(path) or None)
 
 
 _LENGTH = "Ensure this field has no more than {max_length} characters."

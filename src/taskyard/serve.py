@@ -14,7 +14,7 @@ import structlog
 import uvicorn
 import uvloop
 
-from taskyard.accounts.admin import bootstrap
+from taskyard.accounts.admin import First, bootstrap
 from taskyard.app import create_app
 from taskyard.db.embedded import ServeLock
 from taskyard.db.engine import Database, open_database
@@ -66,18 +66,20 @@ async def _serve(
         if settings.database_url is None:
             stack.enter_context(ServeLock(settings.data_dir))
         database = await stack.enter_async_context(open_database(settings))
-        key = await bootstrap(database)
-        if key is not None:
-            _write_private(settings.data_dir / "first-key", key + "\n")
+        first = await bootstrap(database)
+        if first is not None:
+            _write_private(settings.data_dir / "first-key", first.key + "\n")
+        # First the address: should it be taken, no run must have been begun. It also means that, at the end,
+        # clients still hear how the runs end.
+        url = await stack.enter_async_context(listening(settings, database, host, port))
         if worker:
             from taskyard.worker import running_worker
 
             await stack.enter_async_context(running_worker(settings, database))
-        url = await stack.enter_async_context(listening(settings, database, host, port))
         state = settings.data_dir / "server.json"
         _write_private(state, json.dumps({"url": url, "pid": os.getpid()}) + "\n")
         stack.callback(state.unlink, missing_ok=True)
-        _announce(url, key, host)
+        _announce(settings.base_url or url, first, host)
         await stop.wait()
         log.info("stopping")
 
@@ -175,10 +177,12 @@ def _write_private(path: Path, text: str) -> None:
         raise SetupError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _announce(url: str, key: str | None, host: str) -> None:
+def _announce(url: str, first: First | None, host: str) -> None:
     """What a person needs to know, on standard output."""
     print(f"Taskyard is ready at {url}", flush=True)  # noqa: T201 - this is the command's output
-    if key is not None:
-        print(f"First user's API key (shown once, kept in the data folder): {key}", flush=True)  # noqa: T201
+    if first is not None:
+        print(f"First user's API key (shown once, kept in the data folder): {first.key}", flush=True)  # noqa: T201
+        link = url.rstrip("/") + first.link
+        print(f"To sign in with a browser, set a password here (works once, for a day): {link}", flush=True)  # noqa: T201
     if host not in LOOPBACK:
         log.warning("the API is reachable from the network without TLS: put a TLS proxy before it", host=host)

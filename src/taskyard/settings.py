@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
@@ -19,6 +20,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class Area(BaseModel):
@@ -95,10 +98,91 @@ class AgentSettings(Area):
         return json.loads(value) if isinstance(value, str) else value
 
 
+class TaskSettings(Area):
+    """Who sees which tasks, and how far a search counts."""
+
+    visibility: Literal["project", "creator"] = "project"
+    """`project`: members see all tasks of the project. `creator`: their own, those without a creator, and those of
+    team-wide origins."""
+    search_count_limit: int = Field(1000, ge=0)
+    """A search counts its matches up to this many; beyond, `count` says how many there are at least. 0: always all."""
+
+
 class RateLimitSettings(Area):
+    """How many requests one API key may make (tasks-api §1.6)."""
+
     enabled: bool = True
     per_minute: int = Field(480, gt=0)
     per_hour: int = Field(4800, gt=0)
+
+
+class OAuthClient(Area):
+    """A program that may ask people for access. Public: it has no secret, PKCE stands in for one."""
+
+    name: str = Field(min_length=1, max_length=100)
+    """As people read it when they are asked."""
+    redirect_uris: list[str] = Field(min_length=1)
+    """Compared exactly; at a loopback address the port is free (RFC 8252 §7.3)."""
+
+    @field_validator("redirect_uris")
+    @classmethod
+    def _safe(cls, values: list[str]) -> list[str]:
+        for value in values:
+            url = urlsplit(value)
+            if not url.scheme or "#" in value or url.scheme in ("javascript", "data", "file"):
+                raise ValueError(f"{value!r} is not an absolute URL without a fragment")
+            if url.scheme == "http" and url.hostname not in LOOPBACK_HOSTS:
+                raise ValueError(f"{value!r} needs https: only loopback addresses may go without")
+        return values
+
+
+class OAuthSettings(Area):
+    """Sign-in for other programs."""
+
+    clients: dict[str, OAuthClient] = {}
+    """By client id."""
+    access_token_s: int = Field(3600, gt=0)
+    refresh_token_s: int = Field(30 * 24 * 3600, gt=0)
+    """How long a client that does nothing stays signed in; each refresh starts it again."""
+
+
+class S3Settings(Area):
+    """An S3-compatible server for uploaded files."""
+
+    bucket: str | None = None
+    """Naming a bucket turns S3 on; it has to exist."""
+    endpoint_url: str | None = None
+    """Default: Amazon's."""
+    public_endpoint_url: str | None = None
+    """The same server as clients reach it, when that is another address."""
+    region: str = "us-east-1"
+    path_style: bool = False
+    """The bucket in the path instead of the host name, as most servers other than Amazon's want it."""
+    access_key_id: str | None = None
+    """Default: what the AWS SDK finds by itself (environment, profile, instance role)."""
+    secret_access_key: SecretStr | None = None
+    secret_access_key_file: Path | None = None
+    encryption: Literal["AES256", "aws:kms"] | None = None
+    """Server-side encryption that every upload asks for; None leaves it to the bucket."""
+    kms_key_id: str | None = None
+
+    def secret(self) -> str | None:
+        """The secret key from the settings or its file."""
+        if self.secret_access_key is not None:
+            return self.secret_access_key.get_secret_value()
+        if self.secret_access_key_file is not None:
+            return self.secret_access_key_file.read_text("utf-8").strip()
+        return None
+
+
+class ObjectSettings(Area):
+    """Uploaded files: in the data folder, or on S3."""
+
+    folder: str = Field("tasks/artifacts", pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")
+    """Begins the storage path of every artifact."""
+    cors_origins: list[str] = ["*"]
+    """Web pages that may use links to uploads, downloads and logs. The links are secrets in themselves."""
+    s3: S3Settings = S3Settings()
 
 
 class WorkerSettings(Area):
@@ -124,13 +208,21 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     base_url: str | None = None
     """Absolute URL under which clients reach the server; default: what the request says."""
+    secret_keys: list[SecretStr] = []
+    """Encrypt stored secrets: 32 bytes in base64 each; the first encrypts, all decrypt. Default: a key file in the
+    data folder. Several machines need this setting, and the same value."""
+    trusted_domains: list[str] | None = None
+    """Replaces the built-in list of domains that the network level `trusted` stands for."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
     runs: RunSettings = RunSettings()
     sandbox: SandboxSettings = SandboxSettings()
     models: ModelSettings = ModelSettings()
     agents: dict[str, AgentSettings] = {}
+    tasks: TaskSettings = TaskSettings()
+    objects: ObjectSettings = ObjectSettings()
     rate_limits: RateLimitSettings = RateLimitSettings()
+    oauth: OAuthSettings = OAuthSettings()
     worker: WorkerSettings = WorkerSettings()
 
     @classmethod

@@ -7,16 +7,24 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
 from uuid import UUID
 
 import procrastinate
 import structlog
+from procrastinate.exceptions import ConnectorException
 
-from taskyard.db.engine import Database
+from taskyard.agents.adapters import adapters
+from taskyard.artifacts import retention
+from taskyard.automations import clock
+from taskyard.db.engine import AWAY, Database
 from taskyard.db.hub import Hub
-from taskyard.drive.driver import Parts, drive
+from taskyard.drive.driver import drive
+from taskyard.drive.held import Parts
 from taskyard.errors import SetupError
-from taskyard.jobs import DRIVE, QUEUE, engine
+from taskyard.jobs import DRIVE, QUEUE, Abandoned, PatientConnector, abandoned, engine, enqueue_drive
+from taskyard.objects.interface import ObjectStore, StorageError
+from taskyard.objects.service import open_store
 from taskyard.sandbox.bubblewrap import BubblewrapProvider
 from taskyard.sandbox.provider import SandboxError
 from taskyard.sandbox.selftest import selftest
@@ -24,9 +32,14 @@ from taskyard.settings import Settings
 
 log = structlog.get_logger()
 
-STALLED_S = 30
-"""A worker without heartbeat for this long is dead; its jobs are given to others."""
-SWEEP_S = 10
+FORGET_S = 3600
+"""The job engine forgets a worker without heartbeat after this time. It must not forget one that lives: who takes
+over what is decided by the lease of the run, not by this."""
+SWEEP_S = 5
+"""A run that is found abandoned twice, this long apart, is taken over."""
+RESTART_S = 1
+RETENTION = "*/10 * * * *"
+"""How often stored objects are looked through for those whose time is over."""
 HELD_S = 5
 """When a run is still held by a worker that may be dead, its job tries again after this time."""
 
@@ -45,10 +58,33 @@ async def running_worker(settings: Settings, database: Database) -> AsyncIterato
     name = f"{socket.gethostname()}:{os.getpid()}"
     parts = Parts(settings, database, hub, provider, name)
     app = engine(database.url)
-    _register(app, parts)
+    objects = await open_store(settings, database)
+    _register(app, parts, objects)
     async with app.open_async():
-        work = asyncio.create_task(
-            app.run_worker_async(
+        work = asyncio.create_task(_work(app, settings, name), name="worker")
+        sweep = asyncio.create_task(_take_over(app, database), name="take over abandoned runs")
+        agents = frozenset(adapters(settings))
+        schedules = asyncio.create_task(clock.keep(database, agents), name="automations")
+        try:
+            yield
+        finally:
+            sweep.cancel()
+            schedules.cancel()
+            work.cancel()
+            assert isinstance(app.connector, PatientConnector)
+            app.connector.stopping = True
+            for task in (sweep, schedules, work):
+                with suppress(asyncio.CancelledError, ConnectorException):
+                    await task
+            await objects.close()
+            await hub.stop()
+
+
+async def _work(app: procrastinate.App, settings: Settings, name: str) -> None:
+    """The job engine's worker, started again should it end by itself: queued runs would wait for ever."""
+    while True:
+        try:
+            await app.run_worker_async(
                 queues=[QUEUE],
                 name=name,
                 concurrency=settings.worker.concurrency,
@@ -56,20 +92,12 @@ async def running_worker(settings: Settings, database: Database) -> AsyncIterato
                 shutdown_graceful_timeout=settings.worker.drain_s,
                 install_signal_handlers=False,
                 delete_jobs="successful",
-                stalled_worker_timeout=STALLED_S,
-            ),
-            name="worker",
-        )
-        sweep = asyncio.create_task(_take_over(app), name="take over stalled jobs")
-        try:
-            yield
-        finally:
-            sweep.cancel()
-            work.cancel()
-            for task in (sweep, work):
-                with suppress(asyncio.CancelledError):
-                    await task
-            await hub.stop()
+                stalled_worker_timeout=FORGET_S,
+            )
+            log.error("the job engine stopped by itself, starting it again")
+        except ConnectorException:
+            log.exception("the job engine failed, starting it again")
+        await asyncio.sleep(RESTART_S)
 
 
 async def checked_provider(settings: Settings) -> BubblewrapProvider:
@@ -100,7 +128,7 @@ async def remove_leftovers(provider: BubblewrapProvider) -> None:
             log.debug("left a sandbox alone", sandbox=name, reason=error.detail)
 
 
-def _register(app: procrastinate.App, parts: Parts) -> None:
+def _register(app: procrastinate.App, parts: Parts, objects: ObjectStore) -> None:
     retry = procrastinate.RetryStrategy(wait=HELD_S, retry_exceptions=[RunHeldError])
 
     @app.task(name=DRIVE, queue=QUEUE, retry=retry)
@@ -108,22 +136,40 @@ def _register(app: procrastinate.App, parts: Parts) -> None:
         if not await drive(parts, UUID(run_id)):
             raise RunHeldError
 
+    @app.periodic(cron=RETENTION)
+    @app.task(name="retention", queue=QUEUE, queueing_lock="retention")
+    async def retention_job(timestamp: int) -> None:
+        """Remove what nobody needs any more. What fails now is done by the next one."""
+        try:
+            await retention.sweep(parts.database, objects)
+        except (StorageError, *AWAY) as error:
+            log.warning("cannot remove old objects, trying again later", error=str(error).strip())
+
 
 class RunHeldError(Exception):
     """Another worker holds the run; it is alive, or its lease has yet to run out."""
 
 
-async def _take_over(app: procrastinate.App) -> None:
-    """Give the jobs of dead workers back to the queue."""
-    manager = app.job_manager
+async def _take_over(app: procrastinate.App, database: Database) -> None:
+    """Have every run driven that should be, whatever happened to its worker or its job."""
+    before: set[Abandoned] = set()
     while True:
         try:
-            for job in await manager.get_stalled_jobs(queue=QUEUE, seconds_since_heartbeat=STALLED_S):
-                log.warning(
-                    "taking over a job of a dead worker", job=job.id, run=job.task_kwargs.get("run_id")
-                )
-                await manager.retry_job(job)
-            await manager.prune_stalled_workers(STALLED_S)
-        except procrastinate.exceptions.ConnectorException as error:
-            log.warning("cannot look for stalled jobs", error=str(error))
+            found = set(await abandoned(database))
+            for one in found & before:
+                log.warning("taking over an abandoned run", run=str(one.run_id), job=one.job_id)
+                await _requeue(app, database, one)
+            before = found - before
+            await app.job_manager.prune_stalled_workers(FORGET_S)
+        except (ConnectorException, *AWAY) as error:
+            log.warning("cannot look for abandoned runs", error=str(error).strip())
         await asyncio.sleep(SWEEP_S)
+
+
+async def _requeue(app: procrastinate.App, database: Database, one: Abandoned) -> None:
+    if one.job_id is not None:
+        with suppress(ConnectorException):  # another worker was faster, or the job has ended after all
+            await app.job_manager.retry_job_by_id_async(one.job_id, retry_at=datetime.now(UTC))
+    else:
+        async with database.transaction() as connection:
+            await enqueue_drive(connection, one.run_id)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from taskyard.accounts import passwords
 from taskyard.db.engine import Database
 from taskyard.security import hash_api_key
 from tests.support.command import taskyard
@@ -17,8 +18,8 @@ Cli = Any
 
 @pytest.fixture
 def admin(tmp_path: Path, database_url: str) -> Cli:
-    def call(*words: str, code: int = 0) -> Any:
-        done = taskyard("admin", *words, cwd=tmp_path, TASKYARD_DATABASE_URL=database_url)
+    def call(*words: str, code: int = 0, stdin: str | None = None) -> Any:
+        done = taskyard("admin", *words, cwd=tmp_path, stdin=stdin, TASKYARD_DATABASE_URL=database_url)
         assert done.returncode == code, done.stderr
         return done.stderr if code else done.stdout
 
@@ -55,12 +56,51 @@ def test_sentences_for_people(admin: Cli) -> None:
     assert len(key) > 20
 
 
+async def test_passwords_from_standard_input(admin: Cli, database: Database) -> None:
+    admin("create-user", "ada@example.org")
+    said = admin("set-password", "ada@example.org", stdin="correct horse battery\n")
+    assert said.strip() == "the password of ada@example.org is set"
+    row = await database.fetch_one("SELECT password_hash FROM users")
+    assert row is not None
+    assert await passwords.verify(row["password_hash"], "correct horse battery")
+    (line,) = admin("set-password", "ada@example.org", stdin="short\n", code=1).splitlines()
+    assert line.startswith("error: This password is too short.")
+
+
+def test_password_link_without_a_server_is_a_path(admin: Cli) -> None:
+    admin("create-user", "ada@example.org")
+    assert admin("set-password", "ada@example.org", "--link").startswith("/set-password?token=")
+
+
+def test_lists(admin: Cli) -> None:
+    admin("create-user", "ada@example.org")
+    admin("create-user", "eve@example.org")
+    yard = json.loads(admin("create-project", "Yard", "--json"))
+    admin("add-member", "eve@example.org", str(yard["id"]))
+    first, second = admin("list-users").splitlines()
+    assert first.endswith("ada@example.org  (staff, no password)")
+    assert second.endswith("eve@example.org  (Yard, no password)")
+    assert [user["projects"] for user in json.loads(admin("list-users", "--json"))] == [[], ["Yard"]]
+    made = json.loads(
+        admin("create-key", "eve@example.org", "--scope", "task:read", "--label", "ci", "--json")
+    )
+    (line,) = admin("list-keys").splitlines()
+    assert line.startswith(made["id"])
+    assert line.endswith("eve@example.org  task:read  ci  used: never")
+    assert made["key"] not in admin("list-keys", "--json")
+    assert admin("list-keys", "ada@example.org") == ""
+    admin("revoke-key", made["id"])
+    assert admin("list-keys", "eve@example.org") == ""
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("create-user", "nobody"), "error: 'nobody' is not an e-mail address"),
         (("add-member", "no@example.org", "1"), "error: there is no user no@example.org"),
         (("create-key", "no@example.org", "--scope", "x"), "error: 'x' is not a scope"),
+        (("set-password", "no@example.org", "--link"), "error: there is no user no@example.org"),
+        (("list-keys", "no@example.org"), "error: there is no user no@example.org"),
         (("revoke-key", "x"), "error: 'x' is not the id of a key"),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from tests.support.yard import Yard, error, ok
+from tests.support.yard import Yard, error, eventually, ok
 
 MESSAGE = "user_message requires a non-empty content string, artifact_ids, or both"
 
@@ -72,3 +74,49 @@ async def test_unknown_artifacts(yard: Yard) -> None:
         {"error": "Some artifact_ids are invalid for this run", "missing_artifact_ids": ["0" * 32]},
     )
     assert await yard.database.fetch("SELECT 1 FROM commands") == []
+
+
+async def test_runs_that_nobody_drives_take_no_commands(yard: Yard) -> None:
+    api = yard.api()
+    for run in (await api.create_run(), await api.create_run(environment="cloud")):
+        for method, params in (("cancel", {}), ("user_message", {"content": "x"}), ("close", {})):
+            response = await api.post(
+                run.path("command/"), {"jsonrpc": "2.0", "method": method, "params": params}
+            )
+            assert (response.status_code, response.json()) == (
+                400, {"error": "No active sandbox for this task run"},
+            )  # fmt: skip
+    assert await yard.database.fetch("SELECT 1 FROM commands") == []
+
+
+async def test_a_run_that_was_ended_and_revived_by_a_client_has_no_agent(yard: Yard) -> None:
+    run = await yard.api().start()
+    await run.cancel()
+    await run.patch(status="in_progress")
+    response = await yard.api().post(run.path("command/"), {"jsonrpc": "2.0", "method": "cancel"})
+    assert response.status_code == 400
+
+
+async def test_the_end_of_the_run_ends_the_wait(yard: Yard) -> None:
+    run = await yard.api().start()
+    waiting = asyncio.ensure_future(
+        yard.api().post(run.path("command/"), {"jsonrpc": "2.0", "method": "cancel"})
+    )
+
+    async def queued() -> int:
+        return len(await yard.database.fetch("SELECT 1 FROM commands"))
+
+    await eventually(queued, lambda count: count == 1, lambda _: "command in the mailbox")
+    await run.cancel()
+    response = await waiting
+    assert (response.status_code, response.json()) == (502, {"error": "Agent server is not reachable"})
+
+
+async def test_other_keys(yard: Yard) -> None:
+    run = await yard.api().start()
+    body = {"jsonrpc": "2.0", "method": "user_message", "params": {"content": "x"}}
+    path = run.path("command/")
+    error(await yard.api("eve", yard.other_project).post(path, body), 404, "not_found")
+    error(await yard.api("task:read").post(path, body), 403, "permission_denied")
+    error(await yard.api(None).post(path, body), 401, "not_authenticated")
+    error(await yard.api().post(path.replace(run.id, run.task_id), body), 404, "not_found")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from taskyard.drive.prompt import BLOCKS, content_blocks, first_prompt
+from taskyard.drive.prompt import BLOCKS, content_blocks, first_prompt, pending_artifacts
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,21 @@ from taskyard.drive.prompt import BLOCKS, content_blocks, first_prompt
 )
 def test_first_prompt(state: dict[str, Any], description: str, prompt: str) -> None:
     assert first_prompt(state, description) == prompt
+
+
+def test_work_that_was_begun_is_not_begun_again() -> None:
+    assert first_prompt({"initial_prompt_override": "o"}, "d", begun=True) == ""
+    assert first_prompt({"pending_user_message": "p"}, "d", begun=True) == "p"
+
+
+def test_pending_artifacts() -> None:
+    manifest = [{"id": "a"}, {"id": "b"}, {"name": "without an id"}]
+    assert pending_artifacts({"pending_user_artifact_ids": ["b", "x", None, [], "a"]}, manifest) == [
+        {"id": "b"},
+        {"id": "a"},
+    ]
+    for nothing in ({}, {"pending_user_artifact_ids": None}, {"pending_user_artifact_ids": "a"}):
+        assert pending_artifacts(nothing, manifest) == []
 
 
 def test_text_is_one_block() -> None:

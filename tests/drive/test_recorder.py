@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
+
+import psycopg
+import pytest
 
 from taskyard.db.engine import Database
 from taskyard.drive.recorder import FULL_BYTES, Recorder
@@ -91,4 +95,51 @@ async def test_the_loss_of_all_connections_loses_nothing(database: Database) -> 
             )
     await recorder.flush()
     assert await stored(database, lease) == list(range(200))
+    await recorder.close()
+
+
+async def test_an_answer_that_got_lost_doubles_nothing(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = await leased(database)
+    append, lost = store.append, 0
+
+    async def losing(*arguments: Any, **options: Any) -> int:
+        nonlocal lost
+        last = await append(*arguments, **options)
+        if lost < 2:
+            lost += 1
+            raise psycopg.OperationalError("the connection was lost after the commit")
+        return last
+
+    monkeypatch.setattr(store, "append", losing)
+    recorder = Recorder(database, lease, on_lost=lambda: None)
+    recorder.add(Entry("1"), Entry("2"))
+    await recorder.flush()
+    async with database.connection() as connection:
+        await append(connection, lease.run_id, [Entry("3"), Entry("4")])  # a client's
+    recorder.add(Entry("5"), Entry("5"))
+    await recorder.flush()
+    recorder.add(Entry("5"), Entry("5"))
+    await recorder.flush()
+    await recorder.close()
+    assert lost == 2
+    assert await stored(database, lease) == [1, 2, 3, 4, 5, 5, 5, 5]
+
+
+async def test_a_bug_in_writing_lets_nobody_wait_for_ever(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def failing(*_: Any, **__: Any) -> int:
+        raise psycopg.DataError("that cannot be stored")
+
+    monkeypatch.setattr(store, "append", failing)
+    told = asyncio.Event()
+    recorder = Recorder(database, await leased(database), on_lost=told.set)
+    recorder.add(Entry("1"))
+    async with asyncio.timeout(30):
+        await told.wait()
+        await recorder.flush()
+        await recorder.room()
+    assert recorder.lost
     await recorder.close()

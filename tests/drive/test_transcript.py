@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
+from taskyard.drive import transcript as transcripts
 from taskyard.drive.transcript import Transcript
 from taskyard.events.entries import Entry, Shown
 
@@ -101,3 +104,13 @@ def test_requests_and_answers_are_kept_but_updates_only_once() -> None:
     transcript.traffic("in", {"jsonrpc": "2.0", "id": 1, "result": {"stopReason": "end_turn"}})
     methods = [json.loads(entry.data)["notification"].get("method") for entry in sink.entries]
     assert methods == ["session/prompt", "session/update", "session/update", None]
+
+
+def test_a_message_without_end_is_kept_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transcripts, "MAX_JOINED", 10)
+    sink, transcript = made()
+    for text in ("123456", "789012", "3"):
+        transcript.update(chunk(text, "1"))
+    assert sink.seen(Shown.LOG) == [("agent_message", "123456789012")]
+    transcript.end_text()
+    assert sink.seen(Shown.LOG)[1:] == [("agent_message", "3")]

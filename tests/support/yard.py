@@ -54,6 +54,12 @@ class Api:
         started = ok(await self.post(f"tasks/{task['id']}/run/", body))
         return Run(self, task["id"], started["latest_run"]["id"])
 
+    async def create_run(self, task: Json | None = None, **body: Any) -> Run:
+        """A run that nothing starts; local unless said otherwise."""
+        task = task or await self.create_task(title="A task")
+        made = ok(await self.post(f"tasks/{task['id']}/runs/", body), 201)
+        return Run(self, task["id"], made["id"])
+
 
 @dataclass
 class Run:
@@ -66,6 +72,12 @@ class Run:
 
     async def fetch(self) -> Json:
         return ok(await self.api.get(self.path()))
+
+    async def patch(self, **fields: Any) -> Json:
+        return ok(await self.api.patch(self.path(), fields))
+
+    async def append(self, *items: Json) -> Json:
+        return ok(await self.api.post(self.path("append_log/"), {"entries": list(items)}))
 
     async def cancel(self) -> Json:
         return ok(await self.api.patch(self.path(), {"status": "cancelled"}))

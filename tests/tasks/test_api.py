@@ -12,7 +12,7 @@ from tests.support.yard import Yard, error, ok
 KEYS = [
     "id", "task_number", "slug", "title", "title_manually_set", "description", "origin_product", "repository",
     "github_integration", "github_user_integration", "signal_report", "json_schema", "internal", "latest_run",
-    "created_at", "updated_at", "created_by", "ci_prompt",
+    "created_at", "updated_at", "created_by", "ci_prompt", "archived", "archived_at",
 ]  # fmt: skip
 
 

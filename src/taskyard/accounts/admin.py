@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from taskyard.accounts import store
+from taskyard.accounts import passwords, present, sign_in, store
+from taskyard.accounts.schemas import SCOPES
 from taskyard.db.engine import Connection, Database, Row
 from taskyard.errors import InvalidInputError, NotFoundError
 from taskyard.security import hash_api_key, mask_api_key, new_api_key
-
-KNOWN_SCOPES = ("*", "task:read", "task:write")
 
 
 async def create_user(database: Database, email: str) -> dict[str, Any]:
@@ -56,10 +56,10 @@ async def create_key(
 ) -> dict[str, Any]:
     """A new key; its text is in the answer and nowhere else."""
     if not scopes:
-        raise InvalidInputError(f"a key needs at least one scope: {', '.join(KNOWN_SCOPES)}")
+        raise InvalidInputError(f"a key needs at least one scope: {', '.join(SCOPES)}")
     for scope in scopes:
-        if scope not in KNOWN_SCOPES:
-            raise InvalidInputError(f"{scope!r} is not a scope: {', '.join(KNOWN_SCOPES)}")
+        if scope not in SCOPES:
+            raise InvalidInputError(f"{scope!r} is not a scope: {', '.join(SCOPES)}")
     key = new_api_key()
     async with database.transaction() as connection:
         user = await _user(connection, email)
@@ -78,6 +78,51 @@ async def create_key(
     return {"id": str(key_id), "key": key, "email": user["email"], "scopes": list(scopes)}
 
 
+async def set_password(database: Database, email: str, password: str) -> dict[str, Any]:
+    """Set a user's password; whoever was signed in as them is signed out."""
+    passwords.check(password)
+    hashed = await passwords.hash_password(password)
+    async with database.transaction() as connection:
+        user = await _user(connection, email)
+        await sign_in.replace_password(connection, user["id"], hashed)
+    return {"id": user["id"], "email": user["email"]}
+
+
+async def password_link(database: Database, email: str) -> dict[str, Any]:
+    """A path of the server where this user can set a password, once, within a day."""
+    async with database.transaction() as connection:
+        user = await _user(connection, email)
+        token = await sign_in.new_link(connection, user["id"])
+    return {"id": user["id"], "email": user["email"], "path": link_path(token)}
+
+
+def link_path(token: str) -> str:
+    return f"/set-password?token={token}"
+
+
+async def list_users(database: Database) -> list[dict[str, Any]]:
+    async with database.connection() as connection:
+        rows = await store.users(connection)
+    return [
+        {
+            "id": row["id"],
+            "email": row["email"],
+            "is_staff": row["is_staff"],
+            "has_password": row["has_password"],
+            "projects": row["projects"],
+        }
+        for row in rows
+    ]
+
+
+async def list_keys(database: Database, email: str | None = None) -> list[dict[str, Any]]:
+    """Keys that were not revoked, of one user or of all."""
+    async with database.connection() as connection:
+        user = None if email is None else await _user(connection, email)
+        rows = await store.living_keys(connection, None if user is None else user["id"])
+    return [{"email": row["email"], **present.api_key(row)} for row in rows]
+
+
 async def revoke_key(database: Database, key_id: str) -> dict[str, Any]:
     try:
         wanted = UUID(key_id)
@@ -90,8 +135,17 @@ async def revoke_key(database: Database, key_id: str) -> dict[str, Any]:
     return {"id": str(row["id"]), "revoked_at": row["revoked_at"].isoformat()}
 
 
-async def bootstrap(database: Database) -> str | None:
-    """On a new database: a first user, a first project and a key for them. The key, else None."""
+@dataclass(frozen=True, slots=True)
+class First:
+    """What the first user of a new site gets; shown once."""
+
+    key: str
+    link: str
+    """The path where a password can be set, once, within a day."""
+
+
+async def bootstrap(database: Database) -> First | None:
+    """On a new database: a first user without a password, a first project, a key and a link. Else None."""
     async with database.transaction() as connection:
         # Two API processes may start on one new database.
         await connection.execute("SELECT pg_advisory_xact_lock(7401824)")
@@ -106,7 +160,7 @@ async def bootstrap(database: Database) -> str | None:
         await store.insert_key(
             connection, user["id"], "first key", hash_api_key(key), mask_api_key(key), ["*"], None
         )
-    return key
+        return First(key, link_path(await sign_in.new_link(connection, user["id"])))
 
 
 async def _user(connection: Connection, email: str) -> Row:

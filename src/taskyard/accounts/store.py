@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import LiteralString
 from uuid import UUID
 
-from taskyard.db.engine import Connection, Database, Row
-
-
-async def find_key(database: Database, key_hash: bytes, project_id: int | None) -> Row | None:
-    """The living key with its user, the asked project (or the user's current one) and the user's role there."""
-    return await database.fetch_one(
-        "SELECT k.id AS key_id, k.scopes, k.project_ids, u.id AS user_id, u.email, u.is_staff,"
-        " p.id AS project_id, p.name AS project_name, p.organization_id, m.role,"
-        " (k.last_used_at IS NULL OR k.last_used_at < clock_timestamp() - interval '1 minute') AS stale"
-        " FROM api_keys k JOIN users u ON u.id = k.user_id"
-        " LEFT JOIN projects p ON p.id = coalesce(%(project)s, u.current_project_id)"
-        " LEFT JOIN memberships m ON m.project_id = p.id AND m.user_id = u.id"
-        " WHERE k.hash = %(hash)s AND k.revoked_at IS NULL"
-        " AND (k.expires_at IS NULL OR k.expires_at > clock_timestamp())",
-        hash=key_hash,
-        project=project_id,
-    )
-
-
-async def touch_key(database: Database, key_id: UUID) -> None:
-    await database.execute(
-        "UPDATE api_keys SET last_used_at = clock_timestamp() WHERE id = %(id)s", id=key_id
-    )
+from taskyard.db.engine import Connection, Row
 
 
 async def one(connection: Connection, query: LiteralString, **params: object) -> Row | None:
@@ -99,27 +78,103 @@ async def insert_key(
     mask: str,
     scopes: list[str],
     project_ids: list[int] | None,
+    organization_ids: list[UUID] | None = None,
+    expires_at: datetime | None = None,
 ) -> UUID:
     row = await one(
         connection,
-        "INSERT INTO api_keys (user_id, label, hash, mask, scopes, project_ids)"
-        " VALUES (%(user)s, %(label)s, %(hash)s, %(mask)s, %(scopes)s, %(projects)s) RETURNING id",
+        "INSERT INTO api_keys"
+        " (user_id, label, hash, mask, scopes, project_ids, organization_ids, expires_at) VALUES (%(user)s,"
+        " %(label)s, %(hash)s, %(mask)s, %(scopes)s, %(projects)s, %(organizations)s, %(expires)s) RETURNING id",
         user=user_id,
         label=label,
         hash=key_hash,
         mask=mask,
         scopes=scopes,
         projects=project_ids,
+        organizations=organization_ids,
+        expires=expires_at,
     )
     assert row is not None
     return UUID(str(row["id"]))
 
 
-async def revoke_key(connection: Connection, key_id: UUID) -> Row | None:
-    """The revoked key; None when there is no such key. Revoking twice is the same as once."""
+async def revoke_key(connection: Connection, key_id: UUID, user_id: int | None = None) -> Row | None:
+    """The revoked key; None when there is no such key (of the user). Revoking twice is the same as once."""
     return await one(
         connection,
         "UPDATE api_keys SET revoked_at = coalesce(revoked_at, clock_timestamp())"
-        " WHERE id = %(id)s RETURNING id, label, revoked_at",
+        " WHERE id = %(id)s AND (%(user)s::integer IS NULL OR user_id = %(user)s)"
+        " RETURNING id, label, revoked_at",
         id=key_id,
+        user=user_id,
+    )
+
+
+async def set_password(connection: Connection, user_id: int, password_hash: str) -> None:
+    await connection.execute(
+        "UPDATE users SET password_hash = %(hash)s WHERE id = %(user)s",
+        {"user": user_id, "hash": password_hash},
+    )
+
+
+# --- what a user sees of the directory ---------------------------------------------------------------
+
+VISIBLE: LiteralString = """
+FROM projects p
+JOIN memberships m ON m.project_id = p.id AND m.user_id = %(user)s
+JOIN organizations o ON o.id = p.organization_id
+WHERE (%(projects)s::integer[] IS NULL OR p.id = ANY(%(projects)s))
+    AND (%(organizations)s::uuid[] IS NULL OR p.organization_id = ANY(%(organizations)s))
+"""
+"""Projects of a user, as far as the credential reaches: the one place that scopes the directory."""
+
+
+async def user_by_id(connection: Connection, user_id: int) -> Row:
+    row = await one(connection, "SELECT * FROM users WHERE id = %(id)s", id=user_id)
+    assert row is not None  # users are never deleted
+    return row
+
+
+async def visible_projects(
+    connection: Connection, user_id: int, project_ids: list[int] | None, organization_ids: list[UUID] | None
+) -> list[Row]:
+    """Every project that a credential reaches, with its organization and the user's role, by number."""
+    query: LiteralString = (
+        "SELECT p.id, p.uuid, p.name, p.organization_id, p.created_at, m.role,"
+        " o.name AS organization_name, o.created_at AS organization_created_at" + VISIBLE + " ORDER BY p.id"
+    )
+    params = {"user": user_id, "projects": project_ids, "organizations": organization_ids}
+    return await (await connection.execute(query, params)).fetchall()
+
+
+async def users(connection: Connection) -> list[Row]:
+    """All users with the names of their projects."""
+    query: LiteralString = (
+        "SELECT u.id, u.email, u.is_staff, u.password_hash IS NOT NULL AS has_password, u.created_at,"
+        " coalesce(array_agg(p.name ORDER BY p.id) FILTER (WHERE p.id IS NOT NULL), '{}') AS projects"
+        " FROM users u LEFT JOIN memberships m ON m.user_id = u.id LEFT JOIN projects p ON p.id = m.project_id"
+        " GROUP BY u.id ORDER BY u.id"
+    )
+    return await (await connection.execute(query)).fetchall()
+
+
+KEY: LiteralString = (
+    "SELECT k.id, k.user_id, u.email, k.label, k.mask, k.scopes, k.project_ids, k.organization_ids,"
+    " k.created_at, k.expires_at, k.last_used_at FROM api_keys k JOIN users u ON u.id = k.user_id"
+    " WHERE k.revoked_at IS NULL"
+)
+
+
+async def living_keys(connection: Connection, user_id: int | None = None) -> list[Row]:
+    """Keys that were not revoked, of one user or of all, oldest first."""
+    query: LiteralString = (
+        KEY + " AND (%(user)s::integer IS NULL OR k.user_id = %(user)s) ORDER BY k.created_at, k.id"
+    )
+    return await (await connection.execute(query, {"user": user_id})).fetchall()
+
+
+async def living_key(connection: Connection, user_id: int, key_id: UUID) -> Row | None:
+    return await one(
+        connection, KEY + " AND k.user_id = %(user)s AND k.id = %(key)s", user=user_id, key=key_id
     )

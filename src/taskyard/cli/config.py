@@ -103,6 +103,8 @@ def _text(path: tuple[str, ...], value: Any) -> str:
     # An agent's environment may hold anything.
     if isinstance(value, SecretStr) or (path[:1] == ("agents",) and "env" in path[2:-1]):
         return HIDDEN
+    if isinstance(value, list) and any(isinstance(item, SecretStr) for item in value):
+        return HIDDEN
     if value is None:
         return "not set"
     text = json.dumps(value) if isinstance(value, list | dict | bool) else str(value)

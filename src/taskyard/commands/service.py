@@ -7,12 +7,13 @@ from typing import Any
 from uuid import UUID
 
 from taskyard.accounts.caller import Caller
+from taskyard.artifacts import service as artifacts
 from taskyard.commands import store
 from taskyard.commands.schemas import Command, Method, check_params
-from taskyard.db.engine import Database
+from taskyard.db.engine import Database, Row
 from taskyard.db.hub import RUNS, Hub
-from taskyard.errors import InvalidInputError, NotFoundError, TaskyardError
-from taskyard.runs import store as runs
+from taskyard.errors import InvalidInputError, TaskyardError
+from taskyard.runs import service as runs
 
 ANSWER_S = 30.0
 """How long a command other than a message is waited for; the agent answers these at once or not at all."""
@@ -34,6 +35,15 @@ class AgentTimeoutError(TaskyardError):
         super().__init__(body={"error": "Agent server request timed out"})
 
 
+class AgentGoneError(TaskyardError):
+    """Agent server is not reachable"""
+
+    status = 502
+
+    def __init__(self) -> None:
+        super().__init__(body={"error": "Agent server is not reachable"})
+
+
 async def send(
     database: Database, hub: Hub, caller: Caller, task_id: UUID, run_id: UUID, command: Command
 ) -> dict[str, Any]:
@@ -44,18 +54,10 @@ async def send(
     params = check_params(command)
     with hub.subscribe(f"{RUNS}{run_id}") as wake:
         async with database.transaction() as connection:
-            row = await runs.lock(connection, run_id)
-            if row is None or row["task_id"] != task_id or row["project_id"] != caller.project.id:
-                raise NotFoundError
-            if unknown := params.get("artifact_ids"):
-                raise InvalidInputError(
-                    body={
-                        "error": "Some artifact_ids are invalid for this run",
-                        "missing_artifact_ids": unknown,
-                    }
-                )
-            live = row["environment"] == "cloud" and row["started_at"] is not None
-            if not live or row["status"] not in ("queued", "in_progress"):
+            row = await runs.locked(connection, caller, task_id, run_id)
+            if ids := params.pop("artifact_ids", None):
+                params["artifacts"] = _artifacts(row, ids)
+            if row["started_at"] is None:
                 raise NoActiveSandboxError
             seq = await store.insert(connection, run_id, caller.user_id, command.method, params)
         answer: dict[str, Any] = {"jsonrpc": "2.0"}
@@ -69,11 +71,24 @@ async def send(
     return answer | {"result": reply["result"]}
 
 
+def _artifacts(row: Row, ids: list[str]) -> list[dict[str, Any]]:
+    """The run's manifest entries with these ids; refused when one is unknown."""
+    found, missing = artifacts.entries_of(row, list(dict.fromkeys(ids)))
+    if missing:
+        error = "Some artifact_ids are invalid for this run"
+        raise InvalidInputError(body={"error": error, "missing_artifact_ids": missing})
+    return found
+
+
 async def _wait(database: Database, run_id: UUID, seq: int, wake: Any) -> dict[str, Any]:
     try:
         async with asyncio.timeout(ANSWER_S):
-            while (reply := await store.answered(database, run_id, seq)) is None:
+            while True:
+                driven = await store.is_driven(database, run_id)
+                if (reply := await store.answered(database, run_id, seq)) is not None:
+                    return reply
+                if not driven:
+                    raise AgentGoneError
                 await wake.wait(5.0)
-            return reply
     except TimeoutError:
         raise AgentTimeoutError from None

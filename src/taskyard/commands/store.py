@@ -40,11 +40,16 @@ async def insert(
 
 
 async def take(database: Database, lease: Lease, methods: tuple[str, ...], limit: int = 100) -> list[Letter]:
-    """The waiting commands of these methods in order, now marked as delivered to this generation."""
+    """The waiting commands of these methods in order, now marked as delivered to this generation.
+
+    One that was delivered to it and has no answer comes again: the answer to the first `take` may have been
+    lost with its connection. So whoever takes a command answers it before the next `take`.
+    """
     rows = await database.fetch(
         "UPDATE commands SET delivered_at = clock_timestamp(), generation = %(generation)s"
         " WHERE run_id = %(run)s AND seq IN ("
-        "   SELECT seq FROM commands WHERE run_id = %(run)s AND delivered_at IS NULL AND method = ANY(%(methods)s)"
+        "   SELECT seq FROM commands WHERE run_id = %(run)s AND method = ANY(%(methods)s) AND"
+        "   (delivered_at IS NULL OR (generation = %(generation)s AND answered_at IS NULL))"
         "   ORDER BY seq LIMIT %(limit)s)"
         " AND EXISTS (SELECT 1 FROM run_cursors WHERE run_id = %(run)s AND generation = %(generation)s)"
         " RETURNING seq, method, params",
@@ -58,13 +63,13 @@ async def take(database: Database, lease: Lease, methods: tuple[str, ...], limit
     ]
 
 
-async def waiting(database: Database, run_id: UUID) -> bool:
-    """Whether a message waits."""
-    row = await database.fetch_one(
+async def message_waits(connection: Connection, run_id: UUID) -> bool:
+    """Whether a message waits. With the run locked, none can come in between."""
+    rows = await connection.execute(
         "SELECT 1 FROM commands WHERE run_id = %(run)s AND delivered_at IS NULL AND method = 'user_message' LIMIT 1",
-        run=run_id,
+        {"run": run_id},
     )
-    return row is not None
+    return await rows.fetchone() is not None
 
 
 async def answer(
@@ -92,3 +97,11 @@ async def answered(database: Database, run_id: UUID, seq: int) -> Row | None:
         run=run_id,
         seq=seq,
     )
+
+
+async def is_driven(database: Database, run_id: UUID) -> bool:
+    """Whether a worker drives the run, or will; False once it has ended or gone to a client."""
+    row = await database.fetch_one(
+        "SELECT started_at IS NOT NULL AS driven FROM runs WHERE id = %(run)s", run=run_id
+    )
+    return row is not None and bool(row["driven"])

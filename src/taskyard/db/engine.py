@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any, LiteralString
 
 import msgspec
@@ -29,6 +30,10 @@ class DatabaseUnavailableError(ServiceUnavailableError):
     """The database does not answer. Try again in a moment."""
 
 
+AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction, DatabaseUnavailableError)
+"""What is raised while the database cannot be used, and is worth another try: restarts, lost connections, failover."""
+
+
 class Database:
     """A pool of connections to one database, given as a libpq URL."""
 
@@ -40,6 +45,8 @@ class Database:
             max_size=max_connections,
             open=False,
             timeout=30,
+            # The waits between attempts double; after this long the pool gives up, and the next request tries at once.
+            reconnect_timeout=2,
             configure=_configure,
             kwargs={
                 "autocommit": True,
@@ -48,6 +55,7 @@ class Database:
                 "options": "-c timezone=UTC",
             },
         )
+        self._checking: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Open the pool; SetupError when the database cannot be reached."""
@@ -58,22 +66,51 @@ class Database:
             raise SetupError(f"cannot connect to PostgreSQL: {await connect_problem(self.url)}") from error
 
     async def close(self) -> None:
+        if self._checking is not None:
+            await asyncio.wait({self._checking})
         await self._pool.close()
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection in autocommit mode, for single statements."""
+        shared = _shared.get()
+        if shared is not None and shared[0] is self:
+            async with shared[1].transaction():  # a savepoint: a failed statement costs only itself
+                yield shared[1]
+            return
         try:
             async with self._pool.connection() as connection:
                 yield connection
         except (PoolTimeout, psycopg.errors.ConnectionTimeout) as error:
             raise DatabaseUnavailableError from error
+        except psycopg.OperationalError:
+            self._check_others()
+            raise
+
+    def _check_others(self) -> None:
+        """When one connection was lost, the others mostly were too: replace them before somebody gets one."""
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(self._pool.check(), name="check connections")
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """A connection inside a transaction that commits at the end of the block."""
         async with self.connection() as connection, connection.transaction():
             yield connection
+
+    @asynccontextmanager
+    async def one_transaction(self) -> AsyncIterator[Connection]:
+        """A transaction that everything done in this task until the end of the block takes part in.
+
+        `connection()` and `transaction()` give out its connection, so what they did is committed, or not, with
+        it. Not for code that waits for another process to see its work, nor for concurrent tasks.
+        """
+        async with self.transaction() as connection:
+            token = _shared.set((self, connection))
+            try:
+                yield connection
+            finally:
+                _shared.reset(token)
 
     async def fetch(self, query: LiteralString, **params: Any) -> list[Row]:
         """The rows of one statement, outside any transaction."""
@@ -88,6 +125,9 @@ class Database:
     async def execute(self, query: LiteralString, **params: Any) -> None:
         async with self.connection() as connection:
             await connection.execute(query, params)
+
+
+_shared: ContextVar[tuple[Database, Connection] | None] = ContextVar("shared", default=None)
 
 
 async def _configure(connection: Connection) -> None:

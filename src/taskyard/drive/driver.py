@@ -7,57 +7,45 @@ command, a status that a client set, the end of a turn, a clock, makes it look a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 from uuid import UUID
 
 import structlog
-from jsonschema.validators import validator_for
 
 from taskyard.agents.acp import AcpError, AgentGoneError, PromptResult
 from taskyard.commands import store as commands
-from taskyard.commands.store import Letter
-from taskyard.db.engine import Database, Row
-from taskyard.db.hub import RUNS, Hub, Wake
-from taskyard.drive.failures import Ended, ErrorType, RunFailure, with_tail
-from taskyard.drive.prompt import PENDING_KEYS, content_blocks, first_prompt
-from taskyard.drive.recorder import Recorder
+from taskyard.db.engine import Row
+from taskyard.db.hub import RUNS, Wake
+from taskyard.drive.attachments import AttachmentError, deliver
+from taskyard.drive.failures import Ended, ErrorType, OutputGiven, RunFailure
+from taskyard.drive.held import Parts
+from taskyard.drive.prompt import Message, content_blocks, first_prompt, pending_artifacts
 from taskyard.drive.session import AgentSession, start_agent, usage_state
+from taskyard.drive.watch import LOOK_S, URGENT, WatchedRun
 from taskyard.drive.work import Work
-from taskyard.errors import TaskyardError
+from taskyard.errors import InvalidInputError, TaskyardError
 from taskyard.events import entries
+from taskyard.events import store as events
 from taskyard.events.store import LeaseLostError
-from taskyard.runs import lifecycle
+from taskyard.objects.service import open_store
 from taskyard.runs import store as runs
-from taskyard.runs.schemas import TERMINAL
+from taskyard.runs.output import problem_of
+from taskyard.runs.schemas import PENDING_KEYS
 from taskyard.runs.store import Lease
-from taskyard.sandbox.provider import Limits, Provider, Sandbox, Spec
-from taskyard.settings import Settings
+from taskyard.sandbox.provider import Limits, Sandbox, Spec
+from taskyard.schemas import check_storable
+from taskyard.tasks.present import as_object
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
-LOOK_S = 5.0
-"""The rows are looked at this often even without a notification."""
-CANCEL_S = 10.0
-"""An agent that was told to cancel has this long to end its turn."""
-URGENT = ("cancel", "close", "permission_response", "set_config_option")
-"""Commands that do not wait for the turn to end."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What every driver of a worker shares."""
-
-    settings: Settings
-    database: Database
-    hub: Hub
-    provider: Provider
-    worker: str
+SAVE_S = 600.0
+"""Limit for what is still done for a run that ends: its own deadline may be over."""
+STOP_S = 20.0
+"""A worker that is stopped waits this long for the end of a run to be written."""
 
 
 async def drive(parts: Parts, run_id: UUID) -> bool:
@@ -70,30 +58,22 @@ async def drive(parts: Parts, run_id: UUID) -> bool:
         try:
             await driver.run()
         finally:
-            await asyncio.shield(driver.close())
+            closing = asyncio.ensure_future(driver.close())
+            try:
+                await asyncio.shield(closing)
+            except asyncio.CancelledError:
+                # The worker is stopped; what it connects and knows is there only until this returns.
+                await asyncio.wait({closing}, timeout=STOP_S)
+                raise
     return True
 
 
-class Driver:
+class Driver(WatchedRun):
     def __init__(self, parts: Parts, lease: Lease, wake: Wake) -> None:
-        self.parts = parts
-        self.lease = lease
-        self.run_id = str(lease.run_id)
-        self._wake = wake
-        self._limits = parts.settings.runs
-        self._loop = asyncio.get_running_loop()
-        self.recorder = Recorder(parts.database, lease, on_lost=wake.set)
-        self._renewal = asyncio.create_task(self._renew(), name=f"lease {self.run_id}")
-        self._deadline = self._loop.time() + self._limits.wall_clock_s
-        self._looked = 0.0
-        self._row: Row = {}
+        super().__init__(parts, lease, wake)
         self._task: Row = {}
         self._sandbox: Sandbox | None = None
         self._work: Work | None = None
-        self._agent: AgentSession | None = None
-        self._turn = False
-        self._cancelled_at: float | None = None
-        self._closed = False
 
     # --- the whole way ---
 
@@ -101,7 +81,7 @@ class Driver:
         """From the claimed lease to the final status. Never raises what a run can fail of."""
         try:
             await self._load()
-            if self._row["status"] in TERMINAL:
+            if self._row["started_at"] is None:
                 return
             self._check_first()
             await self._change(status="in_progress")
@@ -109,52 +89,94 @@ class Driver:
             await self._converse()
         except Ended:
             log.info("run ended by a client", run=self.run_id)
+            # Who stops a run does not want its work; who takes it over does.
+            await self._surely(self._salvage(publish=self._handed_over))
+        except OutputGiven:
+            await self._surely(self._complete())
         except LeaseLostError:
             log.warning("lost the lease of a run", run=self.run_id)
         except RunFailure as failure:
-            await self._fail(failure.error_type, failure.message)
+            await self._surely(self._fail(failure.error_type, failure.message))
         except asyncio.CancelledError:
-            with suppress(LeaseLostError):
-                await asyncio.shield(
-                    self._fail("worker_stopped", "The server was stopped while this run was going on.")
-                )
+            # One that has not begun stays in the queue, for the next worker.
+            if self._row.get("status", "queued") != "queued":
+                message = "The server was stopped while this run was going on."
+                await self._surely(self._fail("worker_stopped", message), STOP_S)
             raise
         except Exception as error:
             log.exception("driving a run failed", run=self.run_id)
-            with suppress(LeaseLostError):
-                await self._fail(
-                    "internal_error", f"Internal error: {type(error).__name__}. See the server's log."
-                )
+            message = f"Internal error: {type(error).__name__}. See the server's log."
+            await self._surely(self._fail("internal_error", message))
+
+    async def _surely(self, work: Coroutine[Any, Any, None], limit_s: float | None = None) -> None:
+        """The last steps of a run. A stop of the worker cuts them short, but not before the end is written.
+
+        Should they fail, the run is still open when the lease is given back; a worker then takes it over.
+        """
+        self._ending = True
+        self._deadline = self._loop.time() + SAVE_S
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task}, timeout=limit_s)
+        except asyncio.CancelledError:
+            self._deadline = self._loop.time()
+            self._wake.set()
+            await asyncio.wait({task}, timeout=STOP_S)
+            raise
+        finally:
+            task.cancel()
+            try:
+                await task
+            except asyncio.CancelledError:
+                log.warning("the end of a run was not written in time", run=self.run_id)
+            except LeaseLostError:
+                log.warning("lost the lease of a run", run=self.run_id)
+            except Exception:
+                log.exception("ending a run failed", run=self.run_id)
 
     async def close(self) -> None:
         """Free everything, whatever happened before."""
         try:
-            if self._agent is not None:
-                await self._agent.close()
-            if self._sandbox is not None:
-                await self._sandbox.destroy()
+            async with AsyncExitStack() as steps:  # from the last to the first, each whatever the others do
+                steps.push_async_callback(runs.release, self.parts.database, self.lease)
+                steps.push_async_callback(asyncio.wait, {self._renewal})
+                steps.callback(self._renewal.cancel)
+                steps.push_async_callback(self.recorder.close)
+                steps.push_async_callback(self._refuse_commands)
+                if self._sandbox is not None:
+                    steps.push_async_callback(self._sandbox.destroy)
+                if self._agent is not None:
+                    steps.push_async_callback(self._agent.close)
         except Exception:
             log.exception("cleaning up a run failed", run=self.run_id)
-        finally:
-            await self.recorder.close()
-            self._renewal.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._renewal
-            await runs.release(self.parts.database, self.lease)
+
+    async def _refuse_commands(self) -> None:
+        """Nobody takes what is left in the mailbox of a run that has ended: say so to who waits, and in the record."""
+        database, lease = self.parts.database, self.lease
+        if (await runs.watch(database, lease)).wanted:
+            return
+        while letters := await commands.take(database, lease, (*URGENT, "user_message")):
+            for letter in letters:
+                if letter.method == "user_message":
+                    text = "A message was not delivered to the agent: the run had ended."
+                    self.recorder.add(entries.console(self.run_id, "warn", text))
+                await commands.answer(database, lease, letter.seq, error="the run has ended")
 
     async def _load(self) -> None:
-        rows = await self.parts.database.fetch(
-            "SELECT r.*, to_jsonb(t) AS task, p.name AS project_name, u.email, u.first_name, u.last_name"
-            " FROM runs r JOIN tasks t ON t.id = r.task_id JOIN projects p ON p.id = r.project_id"
-            " LEFT JOIN users u ON u.id = t.created_by_id WHERE r.id = %(run)s",
-            run=self.lease.run_id,
+        rows = await self._patiently(
+            lambda: self.parts.database.fetch(
+                "SELECT r.*, to_jsonb(t) AS task, p.name AS project_name, u.email, u.first_name, u.last_name"
+                " FROM runs r JOIN tasks t ON t.id = r.task_id JOIN projects p ON p.id = r.project_id"
+                " LEFT JOIN users u ON u.id = t.created_by_id WHERE r.id = %(run)s",
+                run=self.lease.run_id,
+            )
         )
-        self._row = rows[0]
+        self._row = rows[0] | {"state": as_object(rows[0]["state"])}
         self._task = self._row["task"]
 
     def _check_first(self) -> None:
         """A run that another worker began cannot be carried on here: its sandbox is gone."""
-        if self.lease.generation > 1:
+        if self.lease.attempt > 1 and self._row["status"] != "queued":
             raise RunFailure("worker_lost", "The worker that drove this run died. Start the run again.")
 
     # --- set-up ---
@@ -168,7 +190,8 @@ class Driver:
             ),
         )
         async with self._step("sandbox", "Setting up sandbox", "sandbox_failed"):
-            self._sandbox = await self._attend(self.parts.provider.create(spec))
+            await self._attend(self._make_sandbox(spec))
+        assert self._sandbox is not None
         parts = self.parts
         self._work = Work(parts.settings, parts.database, self._row, self._sandbox, self.recorder)
         if repository := self._task["repository"]:
@@ -179,9 +202,8 @@ class Driver:
             if branch is None:
                 await self._change(state={"pr_base_branch": self._work.base_branch})
         async with self._step("agent", "Starting agent", "agent_start_failed"):
-            self._agent = await self._attend(
-                start_agent(parts.settings, self._row, self._sandbox, self._work, self.recorder)
-            )
+            await self._attend(self._make_agent(self._sandbox, self._work))
+        assert self._agent is not None
         self.recorder.add(
             entries.named(
                 "_posthog/run_started",
@@ -194,53 +216,76 @@ class Driver:
             )
         )
 
+    # Both are kept by what makes them, not by who waits for it: an end of the run may come at the same moment,
+    # and what nobody knows of is never freed.
+
+    async def _make_sandbox(self, spec: Spec) -> None:
+        self._sandbox = await self.parts.provider.create(spec)
+
+    async def _make_agent(self, sandbox: Sandbox, work: Work) -> None:
+        parts = self.parts
+        self._agent = await start_agent(
+            parts.settings, parts.database, self._row, sandbox, work, self.recorder
+        )
+
     @asynccontextmanager
     async def _step(self, step: str, label: str, error_type: ErrorType) -> AsyncIterator[None]:
         """One step of the set-up, shown as progress; its failure is the run's."""
         self.recorder.add(entries.progress(self.run_id, step, "in_progress", label))
         try:
             yield
-        except (Ended, asyncio.CancelledError, LeaseLostError):
+        except (Ended, OutputGiven, asyncio.CancelledError, LeaseLostError):
             self.recorder.add(entries.progress(self.run_id, step, "failed", label, "Cancelled"))
             raise
         except RunFailure as failure:
-            self.recorder.add(entries.progress(self.run_id, step, "failed", label, failure.message))
+            detail = self._shown(failure.message)
+            self.recorder.add(entries.progress(self.run_id, step, "failed", label, detail))
             raise
         except TaskyardError as error:
-            self.recorder.add(entries.progress(self.run_id, step, "failed", label, error.detail))
-            raise RunFailure(error_type, error.detail) from error
+            detail = self._shown(error.detail)
+            self.recorder.add(entries.progress(self.run_id, step, "failed", label, detail))
+            raise RunFailure(error_type, detail) from error
+        except Exception:
+            self.recorder.add(entries.progress(self.run_id, step, "failed", label, "Internal error"))
+            raise
         self.recorder.add(entries.progress(self.run_id, step, "completed", label))
 
     # --- turns ---
 
     async def _converse(self) -> None:
         """Turn after turn, until the run is over."""
-        text = first_prompt(self._row["state"], self._task["description"])
+        state = self._row["state"]
+        begun = bool(state.get("handoff_resumed")) and await self._patiently(
+            lambda: events.has_turns(self.parts.database, self.lease.run_id)
+        )
+        message = Message(
+            first_prompt(state, self._task["description"], begun=begun),
+            pending_artifacts(state, self._row["artifacts"]),
+        )
         if any(key in self._row["state"] for key in PENDING_KEYS):
             await self._change(remove_state=PENDING_KEYS)
         while True:
-            if text and await self._take_turn(text):
+            if message and await self._take_turn(message):
                 return
-            text = await self._next_message()
+            message = await self._next_message()
 
-    async def _take_turn(self, text: str) -> bool:
+    async def _take_turn(self, message: Message) -> bool:
         """One turn and its publication; True when the run is complete."""
         agent, work = self._agent, self._work
         assert agent is not None
         assert work is not None
         if self._closed:
             raise RunFailure("follow_up_failed", "Follow-up delivery failed: the agent session was closed.")
-        self.recorder.add(
-            entries.session_update(
-                agent.session_id,
-                {"sessionUpdate": "user_message_chunk", "content": {"type": "text", "text": text}},
-            )
-        )
+        text = message.text or "See the attached files."
+        links = await self._attend(self._deliver(work, message))
+        for content in ({"type": "text", "text": text}, *links):
+            update = {"sessionUpdate": "user_message_chunk", "content": content}
+            self.recorder.add(entries.session_update(agent.session_id, update))
         problem: str | None = None
         stop_reason = "error"
         self._turn, self._cancelled_at = True, None
         try:
-            result = await self._attend(agent.prompt(content_blocks(text)), turn=True)
+            result = await self._attend(agent.prompt([*content_blocks(text), *links]), turn=True)
             stop_reason, problem = result.stop_reason, _problem(result)
         except AcpError as error:
             problem = str(error)
@@ -268,20 +313,32 @@ class Driver:
             return True
         if interactive or self._limits.background_end != "turn" or stop_reason == "cancelled":
             return False
-        if await commands.waiting(self.parts.database, self.lease.run_id):
-            return False
-        await self._change(status="completed")
-        return True
+        return await self._end_of_work()
+
+    async def _deliver(self, work: Work, message: Message) -> list[dict[str, Any]]:
+        """Copy the message's artifacts into the sandbox; their prompt blocks."""
+        if not message.artifacts or self._sandbox is None:
+            return []
+        objects = await open_store(self.parts.settings, self.parts.database)
+        try:
+            return await deliver(objects, self._sandbox, work.path, self.run_id, message.artifacts)
+        except AttachmentError as error:
+            raise RunFailure("follow_up_failed", f"Follow-up delivery failed: {error.detail}") from error
+        finally:
+            await objects.close()
 
     async def _publish(self, work: Work) -> str | None:
         """Bring new commits to the run's branch; the problem when that failed."""
         try:
             published = await self._attend(work.publish())
+        except LeaseLostError:
+            raise
         except TaskyardError as error:
+            detail = self._shown(error.detail)
             self.recorder.add(
-                entries.progress(self.run_id, "publish", "failed", "Publishing the work", error.detail)
+                entries.progress(self.run_id, "publish", "failed", "Publishing the work", detail)
             )
-            return error.detail
+            return detail
         if published is not None:
             label = f"Published {published.branch}"
             detail = f"{published.commits} commit{'s' if published.commits != 1 else ''}"
@@ -297,9 +354,10 @@ class Driver:
             return False
         try:
             value = json.loads(agent.last_message)
-        except ValueError:
+            check_storable(value)
+        except (ValueError, RecursionError, InvalidInputError):
             return False
-        if not validator_for(schema)(schema).is_valid(value):
+        if problem_of(schema, value) is not None:
             return False
         await self._change(status="completed", output=value)
         return True
@@ -308,140 +366,57 @@ class Driver:
         if agent.usage.calls:
             await self._change(state={"token_usage": usage_state(agent.usage)})
 
-    async def _next_message(self) -> str:
+    async def _next_message(self) -> Message:
         """Wait for the next message; the run completes when none comes for too long."""
         end = self._loop.time() + self._limits.inactivity_s
         while True:
-            letters = await commands.take(self.parts.database, self.lease, ("user_message",), limit=1)
-            if letters:
-                await commands.answer(
-                    self.parts.database, self.lease, letters[0].seq, result={"queued": True}
-                )
-                return str(letters[0].params["content"])
+            for letter in await self._take("user_message"):
+                await self._answer(letter, result={"queued": True})
+                return Message(str(letter.params["content"]), letter.params.get("artifacts") or ())
+            if self._quiet_s is not None:
+                # Somebody outside works on the run (run-lifecycle §1.1).
+                end = max(end, self._loop.time() - self._quiet_s + self._limits.inactivity_s)
             left = min(end, self._deadline) - self._loop.time()
             if left <= 0:
                 self._check_deadline()
-                await self._change(
-                    status="completed",
-                    error_message="Run timed out due to inactivity",
-                    state={"timed_out_inactivity": True},
-                )
-                raise Ended
+                message = "Run timed out due to inactivity"
+                if await self._end_of_work(error_message=message, state={"timed_out_inactivity": True}):
+                    raise Ended
+                continue
             self._check_agent_lives()
             await self._wake.wait(min(left, LOOK_S))
             await self._look()
 
-    # --- watching ---
+    # --- the end ---
 
-    async def _attend(self, work: Coroutine[Any, Any, T], *, turn: bool = False) -> T:
-        """Do something that takes time while commands, clocks and the lease are watched."""
-        task = asyncio.ensure_future(work)
-        task.add_done_callback(lambda _: self._wake.set())
-        try:
-            while not task.done():
-                await self._wake.wait(self._until_next_check(turn))
-                if not task.done():
-                    await self._look()
-                    self._check_deadline()
-                    if turn:
-                        self._check_silence()
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await task
-
-    def _until_next_check(self, turn: bool) -> float:
-        wait = min(LOOK_S, max(self._deadline - self._loop.time(), 0.01))
-        if turn:
-            wait = min(wait, self._limits.agent_silence_s / 4, 1.0 if self._cancelled_at else LOOK_S)
-        return wait
-
-    async def _look(self) -> None:
-        """Look at the run's rows: has a client ended it, is there an urgent command?"""
-        if self.recorder.lost:
-            raise LeaseLostError
-        row = await self.parts.database.fetch_one(
-            "SELECT status FROM runs WHERE id = %(run)s", run=self.lease.run_id
-        )
-        if row is None or row["status"] in TERMINAL:
-            raise Ended
-        for letter in await commands.take(self.parts.database, self.lease, URGENT):
-            result, error = None, None
-            try:
-                result = await self._obey(letter)
-            except (LookupError, AcpError, AgentGoneError) as problem:
-                error = str(problem.args[0]) if problem.args else type(problem).__name__
-            await commands.answer(self.parts.database, self.lease, letter.seq, result=result, error=error)
-
-    async def _obey(self, letter: Letter) -> dict[str, Any]:
-        agent = self._agent
+    async def _salvage(self, *, publish: bool) -> None:
+        """Bring to safety what the agent has done. What fails here does not hide why the run ends."""
+        agent, work = self._agent, self._work
         if agent is None:
-            raise LookupError("the agent is not ready yet; try again when the run has started")
-        if letter.method == "cancel":
-            if self._turn:
-                self._cancelled_at = self._cancelled_at or self._loop.time()
-                await agent.cancel()
-            return {"cancelled": True}
-        if letter.method == "permission_response":
-            agent.permissions.resolve(letter.params)
-            return {"resolved": True}
-        if letter.method == "close":
-            self._closed = True
-            if self._turn:
-                await agent.cancel()
-            return {"closed": True}
-        options = await agent.set_config_option(letter.params["configId"], letter.params["value"])
-        return {"configOptions": options}
+            return
+        steps: list[Callable[[], Awaitable[object]]] = [agent.close, lambda: self._save_usage(agent)]
+        if publish and work is not None:
+            steps.insert(1, lambda: self._publish(work))
+        for step in steps:
+            try:
+                await step()
+            except LeaseLostError:
+                raise
+            except RunFailure as failure:
+                log.info("saving the work of a run was cut short", run=self.run_id, reason=failure.message)
+            except Exception:
+                log.exception("saving the work of a run failed", run=self.run_id)
 
-    def _check_silence(self) -> None:
-        agent = self._agent
-        assert agent is not None
-        now = self._loop.time()
-        if self._cancelled_at is not None and now - self._cancelled_at > CANCEL_S:
-            message = f"The agent did not stop its turn within {CANCEL_S:g} seconds of a cancel."
-            raise RunFailure("agent_unresponsive", with_tail(message, agent.stderr_tail()))
-        silence = now - max(agent.last_message_at, agent.prompted_at, agent.permissions.answered_at)
-        if silence > self._limits.agent_silence_s and not agent.permissions.waiting:
-            message = f"The agent sent nothing for {self._limits.agent_silence_s:g} seconds in the middle of a turn."
-            raise RunFailure("agent_silent", with_tail(message, agent.stderr_tail()))
-
-    def _check_deadline(self) -> None:
-        if self._loop.time() >= self._deadline:
-            raise RunFailure("deadline", f"The run took longer than {self._limits.wall_clock_s:g} seconds.")
-
-    def _check_agent_lives(self) -> None:
-        if self._agent is not None and self._agent.gone and not self._closed:
-            raise RunFailure("agent_crashed", self._agent.epitaph("The agent's process ended between turns"))
-
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(runs.LEASE_S / 3)
-            with contextlib.suppress(TaskyardError, OSError):
-                if not await runs.renew(self.parts.database, self.lease):
-                    self.recorder.lost = True
-                    self._wake.set()
-                    return
-
-    # --- the record ---
-
-    async def _change(self, **changes: Any) -> None:
-        """Change the run under the lease, behind everything that was recorded before."""
-        await self.recorder.flush()
-        async with self.parts.database.transaction() as connection:
-            saved = await lifecycle.change(connection, self.lease.run_id, lease=self.lease, **changes)
-        self._row.update({name: saved[name] for name in ("status", "state", "branch", "output")})
+    async def _complete(self) -> None:
+        """The output was given: bring what is left of the work to its branch, and end."""
+        await self._salvage(publish=True)
+        await self._change(status="completed")
 
     async def _fail(self, error_type: ErrorType, message: str) -> None:
         """Save what can be saved, then set the run failed."""
         log.info("run failed", run=self.run_id, error_type=error_type)
-        if self._agent is not None:
-            await self._agent.close()
-            if self._work is not None and error_type not in ("publish_failed", "worker_stopped"):
-                with suppress(RunFailure, Ended, TaskyardError):
-                    await self._publish(self._work)
-            await self._save_usage(self._agent)
+        message = self._shown(message)
+        await self._salvage(publish=error_type not in ("publish_failed", "worker_stopped"))
         self.recorder.add(entries.named("_posthog/error", {"sessionId": self.run_id, "message": message}))
         await self._change(status="failed", error_message=message, state={"error_type": error_type})
 

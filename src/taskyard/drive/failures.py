@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
 ErrorType = Literal[
     "sandbox_failed",  # no sandbox could be made
+    "environment_failed",  # its sandbox environment is gone, or cannot be decrypted here
     "clone_failed",  # the repository or the asked branch could not be copied into it
     "agent_unknown",  # no adapter of that name
     "agent_not_installed",
@@ -25,6 +27,7 @@ ErrorType = Literal[
 ]
 
 TAIL = 1500
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class RunFailure(Exception):  # noqa: N818 - it is a run that fails, the program is fine
@@ -40,9 +43,25 @@ class Ended(Exception):  # noqa: N818 - not an error
     """A client ended the run; what is left is to clean up."""
 
 
+class OutputGiven(Exception):  # noqa: N818 - not an error
+    """A client gave the structured output: the run is to be completed."""
+
+
 def with_tail(message: str, tail: str) -> str:
     """A message with the end of what a program wrote: the end is where the cause stands."""
     tail = tail.strip()
     if not tail:
         return message
     return f"{message}\n{tail if len(tail) <= TAIL else '…' + tail[-TAIL:]}"
+
+
+def storable(value: Any) -> Any:
+    """A JSON value without what PostgreSQL takes in no text: NUL and lone surrogates become U+FFFD."""
+    match value:
+        case str():
+            return _UNSTORABLE.sub("\ufffd", value)
+        case list() | tuple():
+            return [storable(item) for item in value]
+        case dict():
+            return {storable(key): storable(item) for key, item in value.items()}
+    return value

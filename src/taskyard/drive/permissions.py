@@ -74,7 +74,7 @@ class Permissions:
         """A person's answer. Raises LookupError with a clear text when it fits no open request."""
         for request_id, (request, future) in self._open.items():
             tool_call_id = request["toolCall"].get("toolCallId")
-            if params.get("requestId") != request_id and params.get("toolCallId") != tool_call_id:
+            if params.get("requestId") != request_id and params.get("toolCallId", "") != tool_call_id:
                 continue
             known = [option.get("optionId") for option in request["options"]]
             if params["optionId"] not in known:

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Message:
+    """What the agent is told: a text, and artifacts of the run that belong to it."""
+
+    text: str
+    artifacts: Sequence[Mapping[str, Any]] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.artifacts)
+
 
 BLOCKS = "__twig_cloud_prompt_v1__:"
 """A prompt that starts so carries ACP content blocks as JSON; they pass through untouched."""
 
-PENDING_KEYS = ("pending_user_message", "pending_user_artifact_ids", "pending_user_message_ts")
-"""Keys of `state` that the first prompt uses up."""
 
+def first_prompt(state: Mapping[str, Any], description: str, *, begun: bool = False) -> str:
+    """The pending message, else the override, else the task's description; "" = wait for a message.
 
-def first_prompt(state: Mapping[str, Any], description: str) -> str:
-    """The pending message, else the override, else the task's description; "" = wait for a message."""
-    for text in (state.get("pending_user_message"), state.get("initial_prompt_override"), description):
+    Work that was begun elsewhere goes on with a message: it is not begun again.
+    """
+    start = () if begun else (state.get("initial_prompt_override"), description)
+    for text in (state.get("pending_user_message"), *start):
         if isinstance(text, str) and text.strip():
             return text
     return ""
+
+
+def pending_artifacts(
+    state: Mapping[str, Any], manifest: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The entries of the run's artifacts that come with its first message."""
+    ids = state.get("pending_user_artifact_ids")
+    known = {entry.get("id"): entry for entry in manifest}
+    return (
+        [known[one] for one in ids if isinstance(one, str) and one in known] if isinstance(ids, list) else []
+    )
 
 
 def content_blocks(text: str) -> list[dict[str, Any]]:

@@ -6,13 +6,11 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-import psycopg
 import structlog
 
-from taskyard.db.engine import Database
-from taskyard.errors import ServiceUnavailableError
+from taskyard.db.engine import AWAY, Database
 from taskyard.events import store
-from taskyard.events.entries import Entry
+from taskyard.events.entries import Entry, Shown
 from taskyard.runs.store import Lease
 
 BATCH_S = 0.02
@@ -39,7 +37,10 @@ class Recorder:
         self._room = asyncio.Event()
         self._room.set()
         self._task = asyncio.create_task(self._write(), name=f"record {lease.run_id}")
+        self._written = 0
+        """Number of our last entry."""
         self.lost = False
+        """Nothing can be written any more: the lease is lost, or a bug stops the writing."""
 
     def add(self, *entries: Entry) -> None:
         """Put entries behind those already added."""
@@ -57,7 +58,7 @@ class Recorder:
         await self._room.wait()
 
     async def flush(self) -> None:
-        """Wait until everything added so far is written, or the lease is lost."""
+        """Wait until everything added so far is written, or nothing can be written any more."""
         await self._idle.wait()
 
     async def close(self) -> None:
@@ -86,19 +87,39 @@ class Recorder:
                 self._idle.set()
 
     async def _append(self, batch: list[Entry]) -> None:
-        delay = 0.1
+        delay, unsure = 0.1, False
         while not self.lost:
             try:
+                if unsure and await self._stands(batch):
+                    return
+                unsure = True
                 async with self._database.connection() as connection:
-                    await store.append(
+                    self._written = await store.append(
                         connection, self._lease.run_id, batch, generation=self._lease.generation
                     )
             except store.LeaseLostError:
                 self.lost = True
                 self._on_lost()
-            except (psycopg.OperationalError, ServiceUnavailableError) as error:
+            except AWAY as error:
                 log.warning("cannot write events, trying again", error=str(error).strip(), delay=delay)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 2.0)
+            except Exception:  # a bug: whoever waits for the writing must not wait for ever
+                log.exception("writing events failed", run=str(self._lease.run_id))
+                self.lost = True
+                self._on_lost()
             else:
                 return
+
+    async def _stands(self, batch: list[Entry]) -> bool:
+        """Whether a batch was written although the answer of the database did not arrive."""
+        texts, after = [entry.data for entry in batch], self._written
+        while rows := await store.read(
+            self._database, self._lease.run_id, Shown.BOTH, after=after, limit=len(batch)
+        ):
+            # One statement wrote it, so its entries stand side by side; the clients' may stand before it.
+            if [row.data for row in rows] == texts:
+                self._written = rows[-1].seq
+                return True
+            after = rows[0].seq
+        return False

@@ -24,18 +24,19 @@ from taskyard.agents.adapters import (
     choose_mode,
     option_for,
 )
-from taskyard.db.engine import Row
+from taskyard.db.engine import Database, Row
 from taskyard.drive.failures import RunFailure, with_tail
 from taskyard.drive.permissions import Permissions
 from taskyard.drive.recorder import Recorder
 from taskyard.drive.transcript import Transcript
+from taskyard.drive.variables import user_variables
 from taskyard.drive.work import Work
 from taskyard.errors import TaskyardError
 from taskyard.events import entries
 from taskyard.gateway.server import Gateway, ModelCall, ModelRoute, Policy, Refusal, Usage
 from taskyard.sandbox.programs import program_mounts
 from taskyard.sandbox.provider import Process, Sandbox
-from taskyard.settings import Settings
+from taskyard.settings import Settings, Upstream
 
 Json = dict[str, Any]
 
@@ -146,19 +147,20 @@ class AgentSession:
 
 
 async def start_agent(
-    settings: Settings, row: Row, sandbox: Sandbox, work: Work, recorder: Recorder
+    settings: Settings, database: Database, row: Row, sandbox: Sandbox, work: Work, recorder: Recorder
 ) -> AgentSession:
     """Start the run's agent in its sandbox and open a session, each step within `runs.start_s`.
 
-    Raises RunFailure: agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
+    Raises RunFailure: environment_failed, agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
     agent_refused.
     """
     state = row["state"]
     adapter = _adapter(settings, state)
+    variables = await user_variables(settings, database, row, recorder)
     agent: AgentSession | None = None
     try:
         async with asyncio.timeout(settings.runs.start_s):
-            agent = await _spawn(settings, adapter, row, sandbox, work, recorder)
+            agent = await _spawn(settings, adapter, variables, row, sandbox, work, recorder)
             title = row["task"]["title"] or "Taskyard run"
             await _open(agent, adapter, state, title, work.path, recorder)
     except AgentGoneError as error:
@@ -193,14 +195,20 @@ def _adapter(settings: Settings, state: Mapping[str, Any]) -> Adapter:
 
 
 async def _spawn(
-    settings: Settings, adapter: Adapter, row: Row, sandbox: Sandbox, work: Work, recorder: Recorder
+    settings: Settings,
+    adapter: Adapter,
+    variables: Mapping[str, str],
+    row: Row,
+    sandbox: Sandbox,
+    work: Work,
+    recorder: Recorder,
 ) -> AgentSession:
     state = row["state"]
     try:
         argv, mounts = program_mounts(adapter.argv())
     except AgentNotInstalledError as error:
         raise RunFailure("agent_not_installed", error.detail) from error
-    env = _environment(adapter, row, sandbox, work)
+    env = {**variables, **_environment(adapter, row, sandbox, work)}  # the server's own names win
     await _write_files(adapter, sandbox)
     run_id = str(row["id"])
     gateway = Gateway(
@@ -208,9 +216,13 @@ async def _spawn(
         on_refusal=Refusals(run_id, recorder),
         on_usage=lambda call: recorder.add(_used(run_id, call)),
     )
-    process = await sandbox.exec(
-        argv, env=env, cwd=work.path, stdin=True, mounts=mounts, on_listener=gateway.serve
-    )
+    try:
+        process = await sandbox.exec(
+            argv, env=env, cwd=work.path, stdin=True, mounts=mounts, on_listener=gateway.serve
+        )
+    except BaseException:
+        await asyncio.shield(gateway.close())
+        raise
     assert process.stdin is not None
     transcript = Transcript(recorder)
     permissions = Permissions(
@@ -332,9 +344,18 @@ class SandboxWriteError(TaskyardError):
 def _routes(settings: Settings) -> dict[str, ModelRoute]:
     models = settings.models
     return {
-        "anthropic": ModelRoute(models.anthropic.base_url, models.anthropic.key("ANTHROPIC_API_KEY")),
-        "openai": ModelRoute(models.openai.base_url, models.openai.key("OPENAI_API_KEY")),
+        "anthropic": _route("anthropic", models.anthropic, "ANTHROPIC_API_KEY"),
+        "openai": _route("openai", models.openai, "OPENAI_API_KEY"),
     }
+
+
+def _route(name: str, upstream: Upstream, key: str) -> ModelRoute:
+    try:
+        return ModelRoute(upstream.base_url, upstream.key(key))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        message = f"The file of the setting models.{name}.api_key_file cannot be read: {reason}."
+        raise RunFailure("agent_start_failed", message) from error
 
 
 MAX_REFUSALS = 200

@@ -16,6 +16,8 @@ Json = dict[str, Any]
 
 JOINED = {"agent_message_chunk": "agent_message", "agent_thought_chunk": "agent_thought_chunk"}
 """Kinds of streamed text, and the kind of the joined entry."""
+MAX_JOINED = 4 * 1024 * 1024
+"""Characters of one joined entry; an agent that never ends its message must not fill the memory."""
 
 
 class Transcript:
@@ -27,6 +29,7 @@ class Transcript:
         self._message_id: str | None = None
         self._session_id = ""
         self._parts: list[str] = []
+        self._size = 0
         self.last_message = ""
         """The text of the newest whole message of the agent."""
 
@@ -59,7 +62,10 @@ class Transcript:
             self.end_text()
             self._kind, self._message_id, self._session_id = str(kind), message_id, session_id
         self._parts.append(text)
+        self._size += len(text)
         self._recorder.add(entries.named("session/update", params, Shown.STREAM))
+        if self._size > MAX_JOINED:
+            self.end_text()
 
     def end_text(self) -> None:
         """Write the joined text that was streamed so far to the log."""
@@ -70,7 +76,7 @@ class Transcript:
         if self._kind == "agent_message_chunk":
             self.last_message = text
         self._recorder.add(entries.session_update(self._session_id, update, Shown.LOG))
-        self._kind, self._message_id, self._parts = "", None, []
+        self._kind, self._message_id, self._parts, self._size = "", None, [], 0
 
 
 def _text(update: Json) -> str | None:

@@ -7,6 +7,7 @@ that text is what log, stream and session view answer, byte for byte.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntFlag
@@ -25,20 +26,65 @@ class Shown(IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the record."""
+    """One line of the record. `kind` and `stamp` are what the session view filters by (tasks-api §6.3)."""
 
     data: str
     shown: Shown = Shown.BOTH
+    kind: str = ""
+    stamp: datetime | None = None
 
 
 def encode(value: Any) -> str:
     """JSON as the stream carries it: one line, blank after `,` and `:`, non-ASCII escaped."""
-    return json.dumps(value)
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        # A number like 1e999 was read as infinity, which JSON cannot say.
+        return json.dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def raw(value: Json, shown: Shown = Shown.BOTH) -> Entry:
     """Any object as it is, e.g. a `task_run_state` or an entry that a client appended."""
-    return Entry(encode(value), shown)
+    return Entry(encode(value), shown, kind_of(value), stamp_of(value))
+
+
+def kind_of(entry: Json) -> str:
+    """The event type: `sessionUpdate` of a `session/update`, else the method, else ""."""
+    message = entry.get("notification")
+    if not isinstance(message, dict):
+        return ""
+    kind = message.get("method")
+    if kind == "session/update":
+        params = message.get("params")
+        update = params.get("update") if isinstance(params, dict) else None
+        kind = update.get("sessionUpdate") if isinstance(update, dict) else None
+    if not isinstance(kind, str):
+        return ""
+    # The database's text takes neither NUL nor half a surrogate pair.
+    return kind.replace("\0", "").encode(errors="ignore").decode()
+
+
+def stamp_of(entry: Json) -> datetime | None:
+    """The entry's time; None when it has none that can be parsed."""
+    value = entry.get("timestamp")
+    return parse_time(value) if isinstance(value, str) else None
+
+
+def parse_time(text: str) -> datetime | None:
+    """An ISO 8601 time; without an offset it counts as UTC."""
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        return None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def notification(message: Json, shown: Shown = Shown.BOTH) -> Entry:

@@ -7,6 +7,7 @@ There is no guard between statuses for clients; the driver never revives a run t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 from uuid import UUID
@@ -19,9 +20,21 @@ from taskyard.runs import store
 from taskyard.runs.schemas import TERMINAL
 from taskyard.runs.store import Lease
 from taskyard.tasks import present
+from taskyard.tasks.present import as_object
 
 KEEP: Any = object()
 """Leave a field as it is."""
+
+
+PROTECTED = re.compile(
+    r"github_credential_source|pr_authorship_mode|automation_id|inactivity_timeout_seconds"
+    r"|(sandbox|snapshot|wizard|use_modal)_.*"
+)
+"""Keys of `state` that clients neither set nor remove (tasks-api §5.4): the server decides by them."""
+
+
+def is_protected(key: str) -> bool:
+    return PROTECTED.fullmatch(key) is not None
 
 
 async def change(
@@ -31,43 +44,63 @@ async def change(
     status: str = KEEP,
     stage: str | None = KEEP,
     branch: str | None = KEEP,
+    environment: str = KEEP,
     error_message: str | None = KEEP,
     output: Any = KEEP,
-    merge_output: Mapping[str, Any] = {},
+    merge_output: Mapping[str, Any] | None = None,
     state: Mapping[str, Any] = {},
+    replace_state: Any = KEEP,
     remove_state: Iterable[str] = (),
+    start: bool = False,
     lease: Lease | None = None,
 ) -> Row:
     """Change a run inside the caller's transaction; the run as saved.
 
-    `output` replaces, `merge_output` and `state` merge at the top level, `remove_state` comes before the
-    merge. With a lease, LeaseLostError unless it still holds; and once the run has ended, its status and
-    error stay as the client set them.
+    `output` and `replace_state` replace, `merge_output` and `state` merge at the top level, `remove_state` comes
+    before the merge. `start`: a worker drives the run from now on, and an earlier end is forgotten; going
+    `local` ends that. With a lease, LeaseLostError unless it still holds; and once a client has ended the run
+    or taken it over, its status and error stay as they are.
     """
     row = await store.lock(connection, run_id)
     if row is None:
         raise NotFoundError
-    was = row["status"]
     new = dict(row)
-    ended_by_client = lease is not None and was in TERMINAL
-    if status is not KEEP and not ended_by_client:
+    taken_over = lease is not None and (row["status"] in TERMINAL or row["started_at"] is None)
+    if status is not KEEP and not taken_over:
         new["status"] = status
-    if error_message is not KEEP and not ended_by_client:
+    if error_message is not KEEP and not taken_over:
         new["error_message"] = error_message
-    for name, value in (("stage", stage), ("branch", branch), ("output", output)):
+    for name, value in (
+        ("stage", stage),
+        ("branch", branch),
+        ("output", output),
+        ("environment", environment),
+    ):
         if value is not KEEP:
             new[name] = value
-    if merge_output:
-        old = new["output"]
-        new["output"] = {**(old if isinstance(old, dict) else {}), **merge_output}
-    removed = set(remove_state)
-    new["state"] = {key: value for key, value in new["state"].items() if key not in removed} | dict(state)
-    saved = await store.save(connection, new)
+    if merge_output is not None:
+        new["output"] = {**as_object(new["output"]), **merge_output}
+    if new["environment"] == "local":
+        new["started_at"] = None
+    if start:
+        new["completed_at"] = None
+    new["state"] = _state(new["state"], set(remove_state), state, replace_state)
+    saved = await store.save(connection, new, start=start)
     event = entries.raw(present.state_event(saved), entries.Shown.STREAM)
     await events.append(connection, run_id, [event], generation=lease.generation if lease else None)
-    if saved["status"] != was and lease is None:
+    if lease is None and (saved["status"], saved["started_at"]) != (row["status"], row["started_at"]):
         await store.notify(connection, run_id)
     return saved
+
+
+def _state(old: Any, removed: set[str], merged: Mapping[str, Any], replacement: Any) -> Any:
+    kept = {key: value for key, value in as_object(old).items() if key not in removed}
+    if replacement is not KEEP:
+        protected = {key: value for key, value in kept.items() if is_protected(key)}
+        return protected or replacement
+    if not isinstance(old, dict) and not merged:
+        return old
+    return kept | dict(merged)
 
 
 async def created(connection: Connection, row: Row) -> None:

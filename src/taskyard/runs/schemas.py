@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from taskyard.schemas import Body, Filled, NotNull, Text
 
@@ -23,6 +24,15 @@ class Status(StrEnum):
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
 
 
+PENDING_KEYS = ("pending_user_message", "pending_user_artifact_ids", "pending_user_message_ts")
+"""Keys of `state` that hold the first message; whoever delivers it removes them."""
+
+
+class Environment(StrEnum):
+    LOCAL = "local"
+    CLOUD = "cloud"
+
+
 class Mode(StrEnum):
     INTERACTIVE = "interactive"
     BACKGROUND = "background"
@@ -36,6 +46,8 @@ class Authorship(StrEnum):
 class Source(StrEnum):
     MANUAL = "manual"
     SIGNAL_REPORT = "signal_report"
+    AGENT = "agent"
+    """Sent by newer clients."""
 
 
 class RuntimeAdapter(StrEnum):
@@ -61,16 +73,28 @@ class PermissionMode(StrEnum):
     FULL_ACCESS = "full-access"
 
 
-class RunTask(Body):
-    """`POST T/run/`: an empty body is fine."""
+def _object(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "not an object")
+    return value
+
+
+def _some_entries(value: list[Any]) -> list[Any]:
+    if not value:
+        raise PydanticCustomError("entries", "At least one log entry is required")
+    return value
+
+
+Opaque = Annotated[Any, AfterValidator(_object)]
+"""An object that is not looked into: keys and texts stay as they came."""
+ArtifactIds = list[Annotated[Filled, StringConstraints(max_length=128)]]
+
+
+class RunFields(Body):
+    """What both ways to make a run take."""
 
     mode: Mode = Mode.BACKGROUND
     branch: Annotated[Filled, StringConstraints(max_length=255)] | None = None
-    resume_from_run_id: Annotated[UUID | None, NotNull] = None
-    pending_user_message: Annotated[Text | None, NotNull] = None
-    pending_user_artifact_ids: list[Annotated[str, StringConstraints(max_length=128)]] = Field(
-        default_factory=list
-    )
     sandbox_environment_id: Annotated[UUID | None, NotNull] = None
     pr_authorship_mode: Annotated[Authorship | None, NotNull] = None
     run_source: Annotated[Source | None, NotNull] = None
@@ -78,14 +102,61 @@ class RunTask(Body):
     runtime_adapter: Annotated[RuntimeAdapter | None, NotNull] = None
     model: Annotated[Filled | None, NotNull] = None
     reasoning_effort: Annotated[Effort | None, NotNull] = None
-    github_user_token: Annotated[Filled | None, NotNull] = None
+    github_user_token: Annotated[Filled | None, NotNull] = Field(default=None, repr=False)
     initial_permission_mode: Annotated[PermissionMode | None, NotNull] = None
     agent: Annotated[Filled | None, NotNull] = None
     """Addition of ours: the name of a configured agent other than claude and codex."""
 
 
+class RunTask(RunFields):
+    """`POST T/run/`: an empty body is fine."""
+
+    resume_from_run_id: Annotated[UUID | None, NotNull] = None
+    pending_user_message: Annotated[Text | None, NotNull] = None
+    pending_user_artifact_ids: ArtifactIds = Field(default_factory=list)
+
+
+class RunCreate(RunFields):
+    """`POST T/runs/`: a run that nothing starts."""
+
+    environment: Environment = Environment.LOCAL
+
+
+class RunStart(Body):
+    """`POST R/start/`."""
+
+    pending_user_message: Annotated[Text | None, NotNull] = None
+    pending_user_artifact_ids: ArtifactIds = Field(default_factory=list)
+
+
 class RunUpdate(Body):
-    """`PATCH R/`: for now the status alone."""
+    """`PATCH R/` (§5.4): what is not sent stays as it is."""
 
     status: Annotated[Status | None, NotNull] = None
+    branch: Annotated[Filled, StringConstraints(max_length=255)] | None = None
+    stage: Annotated[Filled, StringConstraints(max_length=100)] | None = None
+    output: Any = None
+    state: Annotated[Any, NotNull] = None
+    state_remove_keys: list[Filled] = Field(default_factory=list, min_length=1)
     error_message: Text | None = None
+    environment: Annotated[Literal["local"] | None, NotNull] = None
+    """Only to `local`: the hand-off of a cloud run to its client."""
+
+
+class SetOutput(Body):
+    """`PATCH R/set_output/` (§5.5)."""
+
+    output: Any
+
+
+class AppendLog(Body):
+    """`POST R/append_log/` (§6.1)."""
+
+    opaque = True
+    entries: Annotated[list[Opaque], AfterValidator(_some_entries)]
+
+
+class RelayMessage(Body):
+    """`POST R/relay_message/` (§6.7)."""
+
+    text: Annotated[Filled, StringConstraints(max_length=10_000)]

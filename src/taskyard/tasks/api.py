@@ -8,10 +8,10 @@ from litestar import Controller, Request, Response, delete, get, patch, post, pu
 from litestar.params import FromPath
 
 from taskyard.accounts.caller import Caller, authorize
-from taskyard.errors import NotFoundError
 from taskyard.http import answer, body, limit_offset, log_urls, origin_of, page, path_uuid
-from taskyard.tasks import present, service, store
-from taskyard.tasks.schemas import TaskWrite
+from taskyard.schemas import parse_query
+from taskyard.tasks import present, service
+from taskyard.tasks.schemas import Narrowing, Summaries, TaskQuery, TaskWrite
 
 Req = Request[Caller, Any, Any]
 
@@ -22,26 +22,41 @@ class TaskController(Controller):
 
     @get()
     async def list_tasks(self, request: Req) -> Response[bytes]:
-        limit, offset = limit_offset(request)
-        project = request.user.project
-        rows, count = await store.page(request.app.state.database, project.id, limit, offset)
+        query, (limit, offset) = parse_query(TaskQuery, request.query_params), limit_offset(request)
+        count_limit = request.app.state.settings.tasks.search_count_limit
+        async with request.app.state.database.connection() as connection:
+            rows, count = await service.page(
+                connection, request.user, query, limit, offset, count_limit=count_limit
+            )
         log_url = log_urls(request)
         results = [present.task(row, log_url) for row in rows]
+        return page(request, origin_of(request), results, count, limit, offset)
+
+    @get("/repositories")
+    async def repositories(self, request: Req) -> Response[bytes]:
+        return answer({"repositories": await service.repositories(request.app.state.database, request.user)})
+
+    @post("/summaries", scope="task:read")
+    async def summaries(self, request: Req) -> Response[bytes]:
+        sent, (limit, offset) = await body(request, Summaries), limit_offset(request)
+        rows, count = await service.summaries(
+            request.app.state.database, request.user, sent.ids, limit, offset
+        )
+        results = [present.summary(row) for row in rows]
         return page(request, origin_of(request), results, count, limit, offset)
 
     @post()
     async def create(self, request: Req) -> Response[bytes]:
         sent = await body(request, TaskWrite)
-        async with request.app.state.database.transaction() as connection:
+        # One statement, so a transaction of its own.
+        async with request.app.state.database.connection() as connection:
             row = await service.create(connection, request.user, sent)
         return answer(present.task(row, log_urls(request)), 201)
 
     @get("/{task_id:str}")
     async def retrieve(self, request: Req, task_id: FromPath[str]) -> Response[bytes]:
-        project = request.user.project
-        row = await store.get(request.app.state.database, project.id, path_uuid(task_id))
-        if row is None:
-            raise NotFoundError
+        query = parse_query(Narrowing, request.query_params)
+        row = await service.find(request.app.state.database, request.user, path_uuid(task_id), query)
         return answer(present.task(row, log_urls(request)))
 
     @patch("/{task_id:str}")
@@ -54,12 +69,13 @@ class TaskController(Controller):
         return await self._update(request, task_id)
 
     async def _update(self, request: Req, task_id: FromPath[str]) -> Response[bytes]:
-        sent = await body(request, TaskWrite)
+        sent, query = await body(request, TaskWrite), parse_query(Narrowing, request.query_params)
         async with request.app.state.database.transaction() as connection:
-            row = await service.update(connection, request.user, path_uuid(task_id), sent)
+            row = await service.update(connection, request.user, path_uuid(task_id), sent, query)
         return answer(present.task(row, log_urls(request)))
 
     @delete("/{task_id:str}", status_code=204)
     async def delete(self, request: Req, task_id: FromPath[str]) -> None:
+        query = parse_query(Narrowing, request.query_params)
         async with request.app.state.database.transaction() as connection:
-            await service.delete(connection, request.user, path_uuid(task_id))
+            await service.delete(connection, request.user, path_uuid(task_id), query)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 
+
+@lru_cache(maxsize=1024)
 def prefix(project_name: str) -> str:
     """The letters in front of a task's number, from the project's name."""
     letters = "".join(char for char in project_name if char.isalnum())

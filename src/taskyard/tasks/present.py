@@ -27,12 +27,19 @@ def timestamp(value: datetime | str | None) -> str | None:
     if value is None:
         return None
     moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    if moment.utcoffset():  # connections ask for UTC, so this is rare
+        moment = moment.astimezone(UTC)
+    return moment.isoformat(timespec="microseconds")[:26] + "Z"
+
+
+def as_object(value: Any) -> Json:
+    """A stored value when it is an object, else an empty one: clients may set `state` and `output` to anything."""
+    return value if isinstance(value, dict) else {}
 
 
 def run(row: Row, log_url: LogUrl) -> Json:
     """A TaskRun."""
-    state: Json = row["state"]
+    state = as_object(row["state"])
 
     def derived(name: str) -> Any:
         value = state.get(name)
@@ -53,7 +60,7 @@ def run(row: Row, log_url: LogUrl) -> Json:
         "log_url": log_url(str(row["id"])),
         "error_message": row["error_message"],
         "output": row["output"],
-        "state": state,
+        "state": row["state"],
         "artifacts": row["artifacts"],
         "created_at": timestamp(row["created_at"]),
         "updated_at": timestamp(row["updated_at"]),
@@ -77,7 +84,8 @@ def state_event(row: Row) -> Json:
     }
 
 
-def _user(row: Row) -> Json | None:
+def user_basic(row: Row) -> Json | None:
+    """A UserBasic, of a row that has the columns of `u` as in the SELECT of tasks; None without a user."""
     if row["user_id"] is None:
         return None
     return {
@@ -116,6 +124,22 @@ def task(row: Row, log_url: LogUrl) -> Json:
         "latest_run": None if row["run"] is None else run(row["run"], log_url),
         "created_at": timestamp(row["created_at"]),
         "updated_at": timestamp(row["updated_at"]),
-        "created_by": _user(row),
+        "created_by": user_basic(row),
         "ci_prompt": row["ci_prompt"],
+        "archived": row["archived"],
+        "archived_at": timestamp(row["archived_at"]),
+    }
+
+
+def summary(row: Row) -> Json:
+    """A task in short (tasks-api §4.7)."""
+    status = row["latest_status"]
+    return {
+        "id": str(row["id"]),
+        "title": row["title"],
+        "repository": row["repository"],
+        "created_at": timestamp(row["created_at"]),
+        "updated_at": timestamp(row["updated_at"]),
+        "latest_run": None if status is None else {"status": status, "environment": row["environment"]},
+        "origin_product": row["origin_product"],
     }

@@ -8,10 +8,10 @@ from uuid import UUID
 
 from jsonschema import SchemaError
 from jsonschema.validators import validator_for
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from taskyard.schemas import Body, Text, Title, repository_name
+from taskyard.schemas import Body, Filled, Text, Title, repository_name
 
 
 class OriginProduct(StrEnum):
@@ -37,6 +37,15 @@ class OriginProduct(StrEnum):
     MCP_ANALYTICS = "mcp_analytics"
     WORKFLOW = "workflow"
     SIGNALS_CHAT = "signals_chat"
+
+
+class RunStatus(StrEnum):
+    NOT_STARTED = "not_started"
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 class Relationship(StrEnum):
@@ -73,3 +82,50 @@ class TaskWrite(Body):
     json_schema: Annotated[Any, AfterValidator(_json_schema)] = None
     internal: bool = False
     ci_prompt: Text | None = Field(default=None)
+    archived: bool = False
+
+
+class Shown(StrEnum):
+    """What a list does with a kind of tasks that is usually hidden."""
+
+    HIDDEN = "false"
+    ONLY = "true"
+    ALL = "all"
+
+
+def _flag(value: Any) -> Any:
+    """`true`, `false` or `all` in a query, as clients of different ages write them."""
+    text = value.lower() if isinstance(value, str) else value
+    if text in ("true", "t", "yes", "y", "on", "1"):
+        return Shown.ONLY
+    if text in ("false", "f", "no", "n", "off", "0", ""):
+        return Shown.HIDDEN
+    if text == "all":
+        return Shown.ALL
+    raise PydanticCustomError("bool_parsing", "Must be a valid boolean.")
+
+
+class Narrowing(Body):
+    """Query parameters that narrow the list, and also what retrieve, update and delete find (§4.1)."""
+
+    origin_product: Filled | None = None
+    """Not one of the enumeration: an unknown one matches nothing."""
+    stage: Filled | None = None
+    organization: Filled | None = None
+    repository: Filled | None = None
+    created_by: int | None = None
+
+
+class TaskQuery(Narrowing):
+    """Query parameters of the list (§4.1)."""
+
+    search: str = ""
+    status: RunStatus | None = None
+    internal: Annotated[Shown, BeforeValidator(_flag)] = Shown.HIDDEN
+    archived: Annotated[Shown, BeforeValidator(_flag)] = Shown.HIDDEN
+
+
+class Summaries(Body):
+    """The tasks that `summaries/` is asked for (§4.7)."""
+
+    ids: Annotated[list[UUID], Field(min_length=1, max_length=5000)]

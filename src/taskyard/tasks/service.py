@@ -6,11 +6,14 @@ from typing import Any
 from uuid import UUID
 
 from taskyard.accounts.caller import Caller
-from taskyard.db.engine import Connection, Row
+from taskyard.db.engine import Connection, Database, Row
 from taskyard.errors import InvalidInputError, NotFoundError
-from taskyard.tasks import store
+from taskyard.tasks import filters, store
 from taskyard.tasks.naming import title_from
-from taskyard.tasks.schemas import OriginProduct, TaskWrite
+from taskyard.tasks.schemas import Narrowing, OriginProduct, TaskQuery, TaskWrite
+from taskyard.tasks.search import search
+
+EVERYTHING = Narrowing()
 
 
 async def create(connection: Connection, caller: Caller, body: TaskWrite) -> Row:
@@ -21,32 +24,63 @@ async def create(connection: Connection, caller: Caller, body: TaskWrite) -> Row
         fields["title_manually_set"] = body.title_manually_set if _sent(body, "title_manually_set") else True
     else:
         fields["title"] = title_from(body.description)
-    task_id = await store.insert(connection, caller.project.id, caller.user_id, fields)
-    return await find(connection, caller, task_id)
+    return await store.insert(connection, caller.project.id, caller.user_id, fields)
 
 
-async def update(connection: Connection, caller: Caller, task_id: UUID, body: TaskWrite) -> Row:
+async def update(
+    connection: Connection, caller: Caller, task_id: UUID, body: TaskWrite, query: Narrowing = EVERYTHING
+) -> Row:
     """Only the sent fields change (§4.4); a sent title counts as set by hand (§2.3)."""
     _check(body)
     changes: dict[str, Any] = body.sent()
     if "title" in changes and "title_manually_set" not in changes:
         changes["title_manually_set"] = True
-    if not await store.update(connection, caller.project.id, task_id, changes):
+    if not await store.update(connection, filters.narrowed(caller, query), task_id, changes):
         raise NotFoundError
-    return await find(connection, caller, task_id)
+    # The change may have moved it out of what the query, or even the caller, finds.
+    row = await store.get(connection, filters.of_project(caller.project.id), task_id)
+    assert row is not None
+    return row
 
 
-async def find(connection: Connection, caller: Caller, task_id: UUID) -> Row:
-    """The task, or NotFoundError."""
-    row = await store.get(connection, caller.project.id, task_id)
+async def find(
+    source: Database | Connection, caller: Caller, task_id: UUID, query: Narrowing = EVERYTHING
+) -> Row:
+    """The task, or NotFoundError when the caller sees none with this id that fits the query."""
+    row = await store.get(source, filters.narrowed(caller, query), task_id)
     if row is None:
         raise NotFoundError
     return row
 
 
-async def delete(connection: Connection, caller: Caller, task_id: UUID) -> None:
-    if not await store.soft_delete(connection, caller.project.id, task_id):
+async def delete(
+    connection: Connection, caller: Caller, task_id: UUID, query: Narrowing = EVERYTHING
+) -> None:
+    """The task is gone for every endpoint; its runs stay (§4.5)."""
+    if not await store.soft_delete(connection, filters.narrowed(caller, query), task_id):
         raise NotFoundError
+
+
+async def page(
+    connection: Connection, caller: Caller, query: TaskQuery, limit: int, offset: int, *, count_limit: int
+) -> tuple[list[Row], int]:
+    """One page of the list and how many tasks the whole list has (§4.1). For `count_limit` see `search`."""
+    where = filters.listed(caller, query)
+    if query.search:
+        return await search(connection, where, query.search, limit, offset, count_limit=count_limit)
+    return await store.page(connection, where, limit, offset)
+
+
+async def summaries(
+    database: Database, caller: Caller, ids: list[UUID], limit: int, offset: int
+) -> tuple[list[Row], int]:
+    """One page of the visible ones among these tasks, in short, and their count (§4.7)."""
+    return await store.summaries(database, filters.readable(caller), ids, limit, offset)
+
+
+async def repositories(database: Database, caller: Caller) -> list[str]:
+    """The names of the repositories of visible, non-internal tasks (§4.6)."""
+    return await store.repositories(database, filters.readable(caller))
 
 
 def _sent(body: TaskWrite, name: str) -> bool:

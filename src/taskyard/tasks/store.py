@@ -1,87 +1,207 @@
-"""SQL of tasks. Every read goes through `READABLE`, the one place that scopes tasks to a project."""
+"""SQL of tasks. Whose and which tasks is said by a `Where` of `taskyard.tasks.filters`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, LiteralString
 from uuid import UUID
 
-from psycopg import sql
+from psycopg import AsyncCursor, sql
+from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
 from taskyard.db.engine import Connection, Database, Row
+from taskyard.tasks.filters import Where
 
-READABLE: LiteralString = "t.project_id = %(project)s AND t.deleted_at IS NULL"
+TASK: tuple[LiteralString, ...] = (
+    "t.id", "t.project_id", "t.task_number", "t.title", "t.title_manually_set", "t.description",
+    "t.origin_product", "t.repository", "t.github_integration_id", "t.github_user_integration_id",
+    "t.signal_report_id", "t.json_schema", "t.internal", "t.ci_prompt", "t.archived", "t.archived_at",
+    "t.created_by_id", "t.created_at", "t.updated_at", "p.name AS project_name",
+    "u.id AS user_id", "u.uuid::text AS user_uuid", "u.distinct_id", "u.first_name", "u.last_name", "u.email",
+)  # fmt: skip
+RUN: tuple[LiteralString, ...] = (
+    "r.id::text", "r.task_id::text", "r.stage", "r.branch", "r.status", "r.environment", "r.error_message",
+    "r.output", "r.state", "r.artifacts", "r.created_at", "r.updated_at", "r.completed_at",
+)  # fmt: skip
+"""Columns by name: a prepared `*` fails once a newer version has added one."""
 
-SELECT: LiteralString = """
-SELECT t.*, p.name AS project_name,
-    u.id AS user_id, u.uuid AS user_uuid, u.distinct_id, u.first_name, u.last_name, u.email,
-    r.run
+FROM: LiteralString = """
 FROM tasks t
 JOIN projects p ON p.id = t.project_id
 LEFT JOIN users u ON u.id = t.created_by_id
-LEFT JOIN LATERAL (
-    SELECT to_jsonb(latest) AS run FROM runs latest
-    WHERE latest.task_id = t.id ORDER BY latest.created_at DESC, latest.id DESC LIMIT 1
-) r ON true
+LEFT JOIN runs r ON r.id = t.latest_run_id
 """
+SELECT: LiteralString = "SELECT " + ", ".join(TASK + RUN) + FROM
+"""A task with its creator and newest run."""
 
 
-async def get(source: Database | Connection, project_id: int, task_id: UUID) -> Row | None:
-    """A task with its creator and newest run; None when the project has no such task."""
-    query: LiteralString = SELECT + " WHERE t.id = %(task)s AND " + READABLE
-    params = {"project": project_id, "task": task_id}
+def _name(column: str) -> str:
+    return column.rpartition(" AS ")[2].rpartition(".")[2].removesuffix("::text")
+
+
+TASK_NAMES = tuple(map(_name, TASK))
+RUN_NAMES = tuple(map(_name, RUN))
+
+
+def _nested(values: Sequence[Any]) -> Row:
+    """A row of `SELECT`: the task's columns, and its newest run or None under `run`."""
+    count = len(TASK_NAMES)
+    row = dict(zip(TASK_NAMES, values, strict=False))
+    row["run"] = None if values[count] is None else dict(zip(RUN_NAMES, values[count:], strict=False))
+    return row
+
+
+def _rows(_: AsyncCursor[Any]) -> Callable[[Sequence[Any]], Row]:
+    return _nested
+
+
+async def _fetch(
+    connection: Connection,
+    query: LiteralString,
+    parameters: Mapping[str, Any],
+    *,
+    prepare: bool | None = None,
+) -> list[Row]:
+    async with connection.cursor(row_factory=_rows) as cursor:
+        await cursor.execute(query, parameters, prepare=prepare)
+        return await cursor.fetchall()
+
+
+async def get(source: Database | Connection, where: Where, task_id: UUID) -> Row | None:
+    """The task with this id if it is among those; with its creator and newest run."""
+    query: LiteralString = SELECT + " WHERE t.id = %(task)s AND " + where.sql
+    parameters = {**where.parameters, "task": task_id}
     if isinstance(source, Database):
-        return await source.fetch_one(query, **params)
-    return await (await source.execute(query, params)).fetchone()
+        async with source.connection() as connection:
+            rows = await _fetch(connection, query, parameters)
+    else:
+        rows = await _fetch(source, query, parameters)
+    return rows[0] if rows else None
 
 
-async def page(database: Database, project_id: int, limit: int, offset: int) -> tuple[list[Row], int]:
-    """One page of the plain list, newest first, and the whole count."""
-    async with database.connection() as connection:
-        rows = await (
-            await connection.execute(
-                SELECT
-                + " WHERE NOT t.internal AND "
-                + READABLE
-                + " ORDER BY t.created_at DESC, t.id DESC LIMIT %(limit)s OFFSET %(offset)s",
-                {"project": project_id, "limit": limit, "offset": offset},
-            )
-        ).fetchall()
-        count = await (
-            await connection.execute(
-                "SELECT count(*) AS n FROM tasks t WHERE NOT t.internal AND " + READABLE,
-                {"project": project_id},
-            )
-        ).fetchone()
-    assert count is not None
-    return rows, count["n"]
+def _count(where: Where) -> LiteralString:
+    """A query for the exact number of tasks."""
+    if where.stage:
+        return "SELECT count(*) AS n FROM tasks t WHERE " + where.sql
+    return "SELECT coalesce(sum(t.n), 0)::bigint AS n FROM task_tally t WHERE " + where.sql
 
 
-INSERT: LiteralString = """
-WITH number AS (
+async def count(connection: Connection, where: Where) -> int:
+    row = await (await connection.execute(_count(where), where.parameters, prepare=where.prepare)).fetchone()
+    assert row is not None
+    return int(row["n"])
+
+
+DEEP = 1000
+"""From this offset on the rows before a page are counted off in an index, not read."""
+
+
+async def page(connection: Connection, where: Where, limit: int, offset: int) -> tuple[list[Row], int]:
+    """One page of a list, newest first, and how many tasks the whole list has."""
+    parameters = {**where.parameters, "limit": limit, "offset": offset}
+    start: LiteralString = ""
+    if offset >= DEEP:
+        start = (
+            " AND t.task_number <= (SELECT t.task_number FROM tasks t WHERE "
+            + where.sql
+            + " ORDER BY t.task_number DESC LIMIT 1 OFFSET %(offset)s)"
+        )
+    query: LiteralString = (
+        "SELECT "
+        + ", ".join(TASK + RUN)
+        + ", ("
+        + _count(where)
+        + ")"
+        + FROM
+        + " WHERE "
+        + where.sql
+        + start
+        + " ORDER BY t.task_number DESC LIMIT %(limit)s"
+        + ("" if start else " OFFSET %(offset)s")
+    )
+    async with connection.cursor(row_factory=tuple_row) as cursor:
+        await cursor.execute(query, parameters, prepare=where.prepare)
+        found = await cursor.fetchall()
+    if found:
+        return [_nested(values) for values in found], found[0][-1]
+    return [], 0 if offset == 0 else await count(connection, where)
+
+
+async def numbered(connection: Connection, where: Where, numbers: Sequence[int]) -> list[Row]:
+    """The tasks with these numbers, newest first."""
+    return await _fetch(
+        connection,
+        SELECT + " WHERE t.task_number = ANY(%(numbers)s) AND " + where.sql + " ORDER BY t.task_number DESC",
+        {**where.parameters, "numbers": list(numbers)},
+    )
+
+
+async def repositories(database: Database, where: Where) -> list[str]:
+    """The repositories of tasks, each once, in the order of their characters."""
+    rows = await database.fetch(
+        "SELECT t.repository FROM task_tally t WHERE t.repository <> '' AND NOT t.internal AND "
+        + where.sql
+        + ' GROUP BY t.repository HAVING sum(t.n) > 0 ORDER BY t.repository COLLATE "C"',
+        **where.parameters,
+    )
+    return [row["repository"] for row in rows]
+
+
+async def summaries(
+    database: Database, where: Where, ids: Sequence[UUID], limit: int, offset: int
+) -> tuple[list[Row], int]:
+    """One page of the tasks with these ids, in short, newest first; and how many of them there are."""
+    rows = await database.fetch(
+        """
+        WITH found AS MATERIALIZED (
+            SELECT t.* FROM tasks t WHERE t.id = ANY(%(ids)s) AND """
+        + where.sql
+        + """
+        ), page AS (SELECT * FROM found ORDER BY created_at DESC, id LIMIT %(limit)s OFFSET %(offset)s)
+        SELECT n.count, page.id, page.title, page.repository, page.origin_product, page.created_at,
+            page.updated_at, page.latest_status, r.environment
+        FROM (SELECT count(*) FROM found) n LEFT JOIN page ON true LEFT JOIN runs r ON r.id = page.latest_run_id
+        ORDER BY page.created_at DESC, page.id
+        """,
+        **where.parameters,
+        ids=list(ids),
+        limit=limit,
+        offset=offset,
+    )
+    return [row for row in rows if row["id"] is not None], rows[0]["count"]
+
+
+INSERT: LiteralString = (
+    """
+WITH p AS (
     -- The project's row is the lock: numbers neither collide nor run backwards.
     UPDATE projects SET next_task_number = next_task_number + 1 WHERE id = %(project)s
-    RETURNING next_task_number - 1 AS n
+    RETURNING next_task_number - 1 AS number, name
+), t AS (
+    INSERT INTO tasks (project_id, task_number, created_by_id, title, title_manually_set, description,
+        origin_product, repository, github_integration_id, github_user_integration_id, signal_report_id,
+        json_schema, internal, ci_prompt, archived, archived_at)
+    SELECT %(project)s, number, %(user)s, %(title)s, %(title_manually_set)s, %(description)s,
+        %(origin_product)s, %(repository)s, %(github_integration)s, %(github_user_integration)s,
+        %(signal_report)s, %(json_schema)s, %(internal)s, %(ci_prompt)s, %(archived)s,
+        CASE WHEN %(archived)s THEN clock_timestamp() END
+    FROM p
+    RETURNING *
 )
-INSERT INTO tasks (project_id, task_number, created_by_id, title, title_manually_set, description,
-    origin_product, repository, github_integration_id, github_user_integration_id, signal_report_id,
-    json_schema, internal, ci_prompt)
-SELECT %(project)s, n, %(user)s, %(title)s, %(title_manually_set)s, %(description)s,
-    %(origin_product)s, %(repository)s, %(github_integration)s, %(github_user_integration)s,
-    %(signal_report)s, %(json_schema)s, %(internal)s, %(ci_prompt)s
-FROM number
-RETURNING id
-"""
+SELECT """
+    + ", ".join(TASK)
+    + ", NULL FROM t CROSS JOIN p LEFT JOIN users u ON u.id = t.created_by_id"
+)
 
 
-async def insert(connection: Connection, project_id: int, user_id: int, fields: Mapping[str, Any]) -> UUID:
+async def insert(connection: Connection, project_id: int, user_id: int, fields: Mapping[str, Any]) -> Row:
+    """A new task with its creator, in one statement."""
     schema = fields["json_schema"]
-    params = {**fields, "project": project_id, "user": user_id}
-    params["json_schema"] = None if schema is None else Jsonb(schema)
-    row = await (await connection.execute(INSERT, params)).fetchone()
-    assert row is not None
-    return UUID(str(row["id"]))
+    parameters = {**fields, "project": project_id, "user": user_id}
+    parameters["json_schema"] = None if schema is None else Jsonb(schema)
+    (row,) = await _fetch(connection, INSERT, parameters)
+    return row
 
 
 COLUMNS = {
@@ -96,30 +216,39 @@ COLUMNS = {
     "json_schema": "json_schema",
     "internal": "internal",
     "ci_prompt": "ci_prompt",
+    "archived": "archived",
 }
 
 
-async def update(connection: Connection, project_id: int, task_id: UUID, changes: Mapping[str, Any]) -> bool:
-    """Write the changed fields; `updated_at` always moves. False when there is no such task."""
-    params: dict[str, Any] = {"project": project_id, "task": task_id}
+async def update(connection: Connection, where: Where, task_id: UUID, changes: Mapping[str, Any]) -> bool:
+    """Write the changed fields; `updated_at` always moves. False when there is no such task among those."""
+    params: dict[str, Any] = {**where.parameters, "task": task_id}
     parts: list[sql.Composable] = [
         sql.SQL("updated_at = greatest(clock_timestamp(), t.updated_at + interval '1 microsecond')")
     ]
     for name, value in changes.items():
         if column := COLUMNS.get(name):
-            parts.append(sql.SQL("{} = {}").format(sql.Identifier(column), sql.Placeholder(name)))
-            params[name] = Jsonb(value) if name == "json_schema" and value is not None else value
+            key = f"new_{name}"
+            parts.append(sql.SQL("{} = {}").format(sql.Identifier(column), sql.Placeholder(key)))
+            params[key] = Jsonb(value) if name == "json_schema" and value is not None else value
+    if "archived" in changes:
+        parts.append(
+            sql.SQL(
+                "archived_at = CASE WHEN %(new_archived)s THEN coalesce(t.archived_at, clock_timestamp()) END"
+            )
+        )
     query = sql.SQL("UPDATE tasks t SET {} WHERE t.id = %(task)s AND {} RETURNING t.id").format(
-        sql.SQL(", ").join(parts), sql.SQL(READABLE)
+        sql.SQL(", ").join(parts), sql.SQL(where.sql)
     )
     return await (await connection.execute(query, params)).fetchone() is not None
 
 
-async def soft_delete(connection: Connection, project_id: int, task_id: UUID) -> bool:
+async def soft_delete(connection: Connection, where: Where, task_id: UUID) -> bool:
     query: LiteralString = (
         "UPDATE tasks t SET deleted_at = clock_timestamp() WHERE t.id = %(task)s AND "
-        + READABLE
+        + where.sql
         + " RETURNING t.id"
     )
-    params = {"project": project_id, "task": task_id}
-    return await (await connection.execute(query, params)).fetchone() is not None
+    return (
+        await (await connection.execute(query, {**where.parameters, "task": task_id})).fetchone() is not None
+    )

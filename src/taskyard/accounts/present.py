@@ -1,0 +1,117 @@
+"""How users, projects, organizations and keys look on the wire (tasks-api §12, real-clients §6, §8)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from taskyard.db.engine import Row
+
+Json = dict[str, Any]
+
+LEVELS = {"member": 1, "admin": 8}
+"""Roles as clients know them: numbers that can be compared."""
+
+
+def timestamp(value: datetime | None) -> str | None:
+    """ISO 8601 in UTC with microseconds and `Z` (tasks-api §1.2)."""
+    if value is None:
+        return None
+    return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def project(row: Row) -> Json:
+    """A project; clients of the old days call it a team."""
+    return {
+        "id": row["id"],
+        "uuid": str(row["uuid"]),
+        "organization": str(row["organization_id"]),
+        "project_id": row["id"],
+        "name": row["name"],
+        "created_at": timestamp(row["created_at"]),
+        "timezone": "UTC",
+        "is_demo": False,
+        "effective_membership_level": LEVELS[row["role"]],
+    }
+
+
+def organizations(projects: Sequence[Row]) -> list[Json]:
+    """The organizations of these projects, oldest first, each with its projects."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(projects, key=lambda row: row["organization_created_at"]):
+        found.setdefault(str(row["organization_id"]), []).append(row)
+    return [_organization(rows) for rows in found.values()]
+
+
+def _organization(rows: Sequence[Row]) -> Json:
+    shown = [project(row) for row in rows]
+    first = rows[0]
+    return {
+        **brief(first),
+        "created_at": timestamp(first["organization_created_at"]),
+        "membership_level": max(LEVELS[row["role"]] for row in rows),
+        "teams": shown,
+        "projects": shown,
+    }
+
+
+def brief(row: Row) -> Json:
+    name = row["organization_name"]
+    return {
+        "id": str(row["organization_id"]),
+        "name": name,
+        "slug": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "logo_media_id": None,
+    }
+
+
+def me(user: Row, projects: Sequence[Row], current: int | None) -> Json:
+    """The caller with the current project (`team`) and its organization, each null when there is none."""
+    row = next((row for row in projects if row["id"] == current), None)
+    all_of_them = organizations(projects)
+    own = None if row is None else str(row["organization_id"])
+    return {
+        "id": user["id"],
+        "uuid": str(user["uuid"]),
+        "distinct_id": user["distinct_id"],
+        "first_name": user["first_name"],
+        "last_name": user["last_name"],
+        "email": user["email"],
+        "is_email_verified": None,
+        "is_staff": user["is_staff"],
+        "date_joined": timestamp(user["created_at"]),
+        "has_password": user["password_hash"] is not None,
+        "role_at_organization": None,
+        "hedgehog_config": None,
+        "team": None if row is None else project(row),
+        "organization": next((entry for entry in all_of_them if entry["id"] == own), None),
+        "organizations": [
+            {key: entry[key] for key in ("id", "name", "slug", "logo_media_id", "membership_level")}
+            for entry in all_of_them
+        ],
+    }
+
+
+def api_key(row: Row, value: str | None = None) -> Json:
+    """A personal API key; `value` is there only when it was just made."""
+    shown = {
+        "id": str(row["id"]),
+        "label": row["label"],
+        "value": value,
+        "mask_value": row["mask"],
+        "user_id": row["user_id"],
+        "scopes": row["scopes"],
+        "scoped_teams": row["project_ids"],
+        "scoped_organizations": None
+        if row["organization_ids"] is None
+        else [str(entry) for entry in row["organization_ids"]],
+        "created_at": timestamp(row["created_at"]),
+        "last_used_at": timestamp(row["last_used_at"]),
+        "last_rolled_at": None,
+        "expires_at": timestamp(row["expires_at"]),
+    }
+    if value is None:
+        del shown["value"]
+    return shown

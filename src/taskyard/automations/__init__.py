@@ -1,0 +1,1 @@
+"""Task automations: schedules that start runs of a task of their own."""

@@ -1,0 +1,136 @@
+"""Watching a run while something goes on: what clients want of it, its clocks, its agent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from taskyard.agents.acp import AcpError, AgentGoneError
+from taskyard.commands.store import Letter
+from taskyard.db.hub import Wake
+from taskyard.drive.failures import Ended, OutputGiven, RunFailure, with_tail
+from taskyard.drive.held import HeldRun, Parts
+from taskyard.drive.session import AgentSession
+from taskyard.events.store import LeaseLostError
+from taskyard.runs import store as runs
+from taskyard.runs.store import Lease
+
+T = TypeVar("T")
+
+LOOK_S = 5.0
+"""The rows are looked at this often even without a notification."""
+CANCEL_S = 10.0
+"""An agent that was told to cancel has this long to end its turn."""
+URGENT = ("cancel", "close", "permission_response", "set_config_option")
+"""Commands that do not wait for the turn to end."""
+OBEY_S = 10.0
+"""An agent that does not answer a command in this time does not hold up the watching of its run."""
+
+
+class WatchedRun(HeldRun):
+    def __init__(self, parts: Parts, lease: Lease, wake: Wake) -> None:
+        super().__init__(parts, lease, wake)
+        self._limits = parts.settings.runs
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + self._limits.wall_clock_s
+        self._agent: AgentSession | None = None
+        self._turn = False
+        self._cancelled_at: float | None = None
+        self._closed = False
+        self._ending = False
+        self._handed_over = False
+        self._quiet_s: float | None = None
+
+    async def _attend(self, work: Coroutine[Any, Any, T], *, turn: bool = False) -> T:
+        """Do something that takes time while commands, clocks and the lease are watched."""
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(lambda _: self._wake.set())
+        try:
+            while not task.done():
+                await self._wake.wait(self._until_next_check(turn))
+                if not task.done():
+                    await self._look()
+                    self._check_deadline()
+                    if turn:
+                        self._check_silence()
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    def _until_next_check(self, turn: bool) -> float:
+        wait = min(LOOK_S, max(self._deadline - self._loop.time(), 0.01))
+        if turn:
+            wait = min(wait, self._limits.agent_silence_s / 4, 1.0 if self._cancelled_at else LOOK_S)
+        return wait
+
+    async def _look(self) -> None:
+        """Look at the run's rows: has a client ended it, is there an urgent command?"""
+        seen = await self._patiently(lambda: runs.watch(self.parts.database, self.lease))
+        if self.recorder.lost or not seen.held:
+            self.recorder.lost = True
+            raise LeaseLostError
+        if self._ending:
+            return
+        if not seen.wanted:
+            self._handed_over = not seen.ended
+            raise Ended
+        if seen.completing:
+            raise OutputGiven
+        self._quiet_s = seen.quiet_s
+        for letter in await self._take(*URGENT):
+            result, error = None, None
+            try:
+                async with asyncio.timeout(OBEY_S):
+                    result = await self._obey(letter)
+            except TimeoutError:
+                error = f"the agent did not answer within {OBEY_S:g} seconds"
+            except (LookupError, AcpError, AgentGoneError) as problem:
+                error = str(problem.args[0]) if problem.args else type(problem).__name__
+            await self._answer(letter, result=result, error=error)
+            self._wake.set()  # there may be more
+
+    async def _obey(self, letter: Letter) -> dict[str, Any]:
+        agent = self._agent
+        if agent is None:
+            raise LookupError("the agent is not ready yet; try again when the run has started")
+        if letter.method == "cancel":
+            if self._turn:
+                self._cancelled_at = self._cancelled_at or self._loop.time()
+                await agent.cancel()
+            return {"cancelled": True}
+        if letter.method == "permission_response":
+            agent.permissions.resolve(letter.params)
+            return {"resolved": True}
+        if letter.method == "close":
+            self._closed = True
+            if self._turn:
+                self._cancelled_at = self._cancelled_at or self._loop.time()
+                await agent.cancel()
+            return {"closed": True}
+        options = await agent.set_config_option(letter.params["configId"], letter.params["value"])
+        return {"configOptions": options}
+
+    def _check_silence(self) -> None:
+        agent = self._agent
+        assert agent is not None
+        now = self._loop.time()
+        if self._cancelled_at is not None and now - self._cancelled_at > CANCEL_S:
+            message = f"The agent did not stop its turn within {CANCEL_S:g} seconds of a cancel."
+            raise RunFailure("agent_unresponsive", with_tail(message, agent.stderr_tail()))
+        silence = now - max(agent.last_message_at, agent.prompted_at, agent.permissions.answered_at)
+        if silence > self._limits.agent_silence_s and not agent.permissions.waiting:
+            message = f"The agent sent nothing for {self._limits.agent_silence_s:g} seconds in the middle of a turn."
+            raise RunFailure("agent_silent", with_tail(message, agent.stderr_tail()))
+
+    def _check_deadline(self) -> None:
+        if self._loop.time() >= self._deadline:
+            raise RunFailure("deadline", f"The run took longer than {self._limits.wall_clock_s:g} seconds.")
+
+    def _check_agent_lives(self) -> None:
+        if self._agent is not None and self._agent.gone and not self._closed:
+            raise RunFailure("agent_crashed", self._agent.epitaph("The agent's process ended between turns"))

@@ -1,0 +1,176 @@
+"""`Idempotency-Key` on the requests that create something: a request sent twice is done once.
+
+The first request with a key and its answer share one transaction: what was created and the memory of it are
+committed together or not at all. The same request with that key waits for the first one and gets its answer; another
+request with it is refused. Keys belong to a user in a project, and are forgotten after a day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, LiteralString
+
+import psycopg
+from litestar import Request
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from taskyard.accounts.caller import Caller, authorize
+from taskyard.db.engine import Connection, Database, Row
+from taskyard.errors import InvalidInputError, TaskyardError
+
+PROJECT = "/api/projects/{project_id}"
+CREATING = frozenset(
+    {
+        f"{PROJECT}/tasks",
+        f"{PROJECT}/tasks/{{task_id}}/run",
+        f"{PROJECT}/tasks/{{task_id}}/runs",
+        f"{PROJECT}/sandbox_environments",
+        f"{PROJECT}/task_automations",
+        f"{PROJECT}/task_automations/{{automation_id}}/run",
+        f"{PROJECT}/repositories",
+    }
+)
+"""The routes whose POST creates. Their handlers must not wait for other processes: see `one_transaction`."""
+
+MAX_LENGTH = 255
+FORGOTTEN_AFTER: LiteralString = "interval '24 hours'"
+NEVER_REMEMBERED = frozenset({401, 403, 429})
+"""These say nothing about the request itself: the same one may be answered differently in a moment."""
+
+
+class IdempotencyKeyReusedError(TaskyardError):
+    """This Idempotency-Key was used for another request. Take a new key for a new request."""
+
+    status = 422
+    type = "invalid_request"
+    code = "idempotency_key_reused"
+
+
+def idempotent(app: ASGIApp) -> ASGIApp:
+    """Middleware for the whole application; it touches only POSTs that create, and come with a key."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") != "POST" or scope.get("path_template") not in CREATING:
+            await app(scope, receive, send)
+            return
+        request: Request[Caller, Any, Any] = Request(scope, receive, send)
+        key = request.headers.get("idempotency-key")
+        if key is None:
+            await app(scope, receive, send)
+            return
+        if not 0 < len(key) <= MAX_LENGTH or not (key.isascii() and key.isprintable()):
+            raise InvalidInputError(
+                f"Idempotency-Key must be 1 to {MAX_LENGTH} printable ASCII characters.",
+                attr="Idempotency-Key",
+            )
+        await authorize(request, scope["route_handler"])
+        answer = await _once(app, request, key)
+        await answer.send(send)
+
+    return wrapped
+
+
+class Answer:
+    """An answer that is held back until it is committed."""
+
+    def __init__(self) -> None:
+        self.start: Message | None = None
+        self.body = bytearray()
+
+    async def take(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.start = message
+        elif message["type"] == "http.response.body":
+            self.body += message["body"]
+
+    @property
+    def status(self) -> int:
+        assert self.start is not None
+        return int(self.start["status"])  # type: ignore[typeddict-item] # it is a start
+
+    @property
+    def content_type(self) -> str:
+        assert self.start is not None
+        headers = dict(self.start["headers"])  # type: ignore[typeddict-item] # it is a start
+        return str(headers.get(b"content-type", b"").decode("latin-1"))
+
+    async def send(self, send: Send) -> None:
+        assert self.start is not None
+        await send(self.start)
+        await send({"type": "http.response.body", "body": bytes(self.body), "more_body": False})
+
+    @classmethod
+    def remembered(cls, row: Row) -> Answer:
+        """The first answer again, marked as such."""
+        answer = cls()
+        answer.body += row["body"]
+        headers = [
+            (b"content-type", row["content_type"].encode("latin-1")),
+            (b"content-length", str(len(answer.body)).encode()),
+            (b"idempotent-replayed", b"true"),
+        ]
+        answer.start = {"type": "http.response.start", "status": row["status"], "headers": headers}
+        return answer
+
+
+async def _once(app: ASGIApp, request: Request[Caller, Any, Any], key: str) -> Answer:
+    database: Database = request.app.state.database
+    parts = request.scope["path"].encode(), request.scope["query_string"], await request.body()
+    digest = hashlib.sha256(b"\0".join(parts)).digest()
+    answer = Answer()
+    async with database.one_transaction() as connection:
+        owner = {"project": request.user.project.id, "user": request.user.user_id, "key": key}
+        if not await _claim(connection, owner, digest):
+            first = await _first(connection, owner)
+            if bytes(first["request_hash"]) != digest:
+                raise IdempotencyKeyReusedError
+            return Answer.remembered(first)
+        await app(request.scope, request.receive, answer.take)
+        if answer.status >= 500 or answer.status in NEVER_REMEMBERED or 300 <= answer.status < 400:
+            raise psycopg.Rollback
+        await _remember(connection, owner, answer)
+    return answer
+
+
+CLAIM: LiteralString = (
+    "INSERT INTO idempotency_keys AS i (project_id, user_id, key, request_hash)"
+    " VALUES (%(project)s, %(user)s, %(key)s, %(hash)s)"
+    " ON CONFLICT (project_id, user_id, key) DO UPDATE"
+    " SET request_hash = excluded.request_hash, created_at = excluded.created_at, status = NULL"
+    " WHERE i.created_at < clock_timestamp() - " + FORGOTTEN_AFTER + " RETURNING 1"
+)
+
+
+async def _claim(connection: Connection, owner: dict[str, Any], digest: bytes) -> bool:
+    """Whether the key is ours; waits while another request that holds it is in progress."""
+    cursor = await connection.execute(CLAIM, {**owner, "hash": digest})
+    if await cursor.fetchone() is None:
+        return False
+    # A few of the forgotten ones go with each new one.
+    await connection.execute(
+        "DELETE FROM idempotency_keys WHERE (project_id, user_id, key) IN ("
+        "SELECT project_id, user_id, key FROM idempotency_keys"
+        " WHERE created_at < clock_timestamp() - " + FORGOTTEN_AFTER + " ORDER BY created_at LIMIT 10"
+        " FOR UPDATE SKIP LOCKED)"
+    )
+    return True
+
+
+async def _first(connection: Connection, owner: dict[str, Any]) -> Row:
+    """The request that had the key first; `_claim` has locked its row."""
+    cursor = await connection.execute(
+        "SELECT * FROM idempotency_keys"
+        " WHERE project_id = %(project)s AND user_id = %(user)s AND key = %(key)s",
+        owner,
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    return row
+
+
+async def _remember(connection: Connection, owner: dict[str, Any], answer: Answer) -> None:
+    await connection.execute(
+        "UPDATE idempotency_keys SET status = %(status)s, content_type = %(type)s, body = %(body)s"
+        " WHERE project_id = %(project)s AND user_id = %(user)s AND key = %(key)s",
+        {**owner, "status": answer.status, "type": answer.content_type, "body": bytes(answer.body)},
+    )

@@ -1,0 +1,1 @@
+"""The description of the API for programs (OpenAPI) and people (a page that shows it)."""

@@ -1,0 +1,27 @@
+"""The mailbox below the API: what a driver takes, and takes again."""
+
+from __future__ import annotations
+
+from taskyard.commands import store
+from taskyard.db.engine import Database
+from taskyard.runs import store as runs
+from tests.support.rows import make_run
+
+
+async def test_a_command_without_an_answer_comes_again(database: Database) -> None:
+    run_id = await make_run(database)
+    lease = await runs.claim(database, run_id, "test")
+    assert lease is not None
+    await database.execute(
+        "INSERT INTO commands (run_id, seq, method, params) VALUES (%(run)s, 1, 'user_message', '{}'),"
+        " (%(run)s, 2, 'user_message', '{}')",
+        run=run_id,
+    )
+    first = await store.take(database, lease, ("user_message",), limit=1)
+    # As if the connection had broken after the commit: the driver never saw it.
+    assert await store.take(database, lease, ("user_message",), limit=1) == first
+    await store.answer(database, lease, first[0].seq, result={"queued": True})
+    [second] = await store.take(database, lease, ("user_message",), limit=1)
+    assert (first[0].seq, second.seq) == (1, 2)
+    await store.answer(database, lease, second.seq, result={"queued": True})
+    assert await store.take(database, lease, ("user_message",)) == []

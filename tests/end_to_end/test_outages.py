@@ -1,0 +1,178 @@
+"""What is lost on the way between workers and the database, and is not lost for the run."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from typing import Any
+
+import psycopg
+import pytest
+
+from taskyard import worker
+from taskyard.db.engine import Database
+from taskyard.errors import SetupError
+from taskyard.runs import store as runs
+from taskyard.serve import _serve
+from taskyard.settings import Settings
+from tests.support.outage import outage
+from tests.support.yard import Run, Yard, eventually, of_method, said
+
+SCRIPTED = {"agent": "scripted"}
+LOST = psycopg.OperationalError("the connection was lost")
+
+
+async def streamed(run: Run, text: str) -> None:
+    await eventually(run.stream_text, lambda found: text in found, lambda found: f"{text} in {found}")
+
+
+async def test_a_run_and_its_worker_survive_an_outage(live: Yard, database: Database) -> None:
+    # Long enough after it for a worker that gave up to have aborted the run.
+    run = await live.api().start("SAY before\nSLEEP 16\nSAY after", **SCRIPTED)
+    await streamed(run, "before")
+    await outage(database, 4)
+    # The first request may meet a connection that is gone; the others do not.
+    answers = [(await live.api().get("tasks/")).status_code for _ in range(10)]
+    assert answers.count(503) <= 1
+    later = await live.api().start("SAY later", **SCRIPTED)
+    assert said(await (await run_to_end(later)).log()) == "later"
+    await run_to_end(run)
+    log = await run.log()
+    assert said(log).split() == ["before", "after"]
+    assert len(of_method(log, "_posthog/turn_complete")) == 1
+
+
+async def run_to_end(run: Run) -> Run:
+    body = await run.status("completed", "failed")
+    assert (body["status"], body["error_message"]) == ("completed", None)
+    return run
+
+
+async def test_a_lease_survives_a_failed_renewal(
+    live: Yard, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renew, renewals = runs.renew, 0
+
+    async def once_failing(*arguments: Any) -> bool:
+        nonlocal renewals
+        renewals += 1
+        if renewals == 1:
+            raise LOST
+        return await renew(*arguments)
+
+    monkeypatch.setattr(runs, "renew", once_failing)
+    monkeypatch.setattr(runs, "LEASE_S", 1.5)
+    run = await live.api().start("SLEEP 4", **SCRIPTED)
+    await run.stream()
+    assert (await run.fetch())["status"] == "completed"
+    assert renewals > 2
+    assert await database.fetch("SELECT 1 FROM run_cursors WHERE leased_until IS NOT NULL") == []
+
+
+async def test_a_job_that_failed_before_its_run_began(live: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim, claims = runs.claim, 0
+
+    async def once_failing(*arguments: Any) -> Any:
+        nonlocal claims
+        claims += 1
+        if claims == 1:
+            raise LOST
+        return await claim(*arguments)
+
+    monkeypatch.setattr(runs, "claim", once_failing)
+    monkeypatch.setattr(worker, "SWEEP_S", 0.5)
+    await run_to_end(await live.api().start("SAY x", **SCRIPTED))
+
+
+class TestAbandoned:
+    """Runs that a worker left in every state that it can leave them in; another one starts afterwards."""
+
+    @pytest.fixture(autouse=True)
+    def often(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(worker, "SWEEP_S", 0.5)
+
+    @pytest.mark.parametrize("job", ["none", "taken", "failed"])
+    async def test_before_it_began_it_is_driven(
+        self, yard: Yard, settings: Settings, database: Database, job: str
+    ) -> None:
+        run = await yard.api().start("SAY x", **SCRIPTED)
+        await leave(database, run, job)
+        # The worker had the lease, and died with it; nothing was done yet.
+        await database.execute("UPDATE run_cursors SET generation = generation + 1")
+        async with worker.running_worker(settings, database):
+            await run_to_end(run)
+
+    @pytest.mark.parametrize("job", ["none", "taken", "failed"])
+    async def test_in_the_middle_it_fails_with_a_word(
+        self, yard: Yard, settings: Settings, database: Database, job: str
+    ) -> None:
+        run = await yard.api().start("SAY x", **SCRIPTED)
+        await leave(database, run, job)
+        await database.execute("UPDATE runs SET status = 'in_progress'")
+        await database.execute(
+            "UPDATE run_cursors SET generation = generation + 1, leased_until = clock_timestamp() + interval '1 s'"
+        )
+        async with worker.running_worker(settings, database):
+            body = await run.status("failed", "completed")
+            assert body["state"]["error_type"] == "worker_lost"
+            await run.stream()
+
+    async def test_a_job_of_a_run_that_has_ended_goes(
+        self, yard: Yard, settings: Settings, database: Database
+    ) -> None:
+        run = await yard.api().start("SAY x", **SCRIPTED)
+        await leave(database, run, "taken")
+        await run.cancel()
+        async with worker.running_worker(settings, database):
+            await eventually(
+                lambda: database.fetch("SELECT status FROM procrastinate_jobs"),
+                lambda jobs: jobs == [],
+                lambda jobs: f"end of {jobs}",
+            )
+        assert (await run.fetch())["status"] == "cancelled"
+
+
+async def leave(database: Database, run: Run, job: str) -> None:
+    """What is left of a run's job: nothing, one that nobody works on, a failed one."""
+    if job == "none":
+        await database.execute("DELETE FROM procrastinate_jobs")
+    else:
+        status = {"taken": "doing", "failed": "failed"}[job]
+        await database.execute(
+            "UPDATE procrastinate_jobs SET status = %(status)s::procrastinate_job_status", status=status
+        )
+
+
+async def test_a_run_that_ends_its_worker_with_the_engine(
+    live: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job engine's worker ends by itself: it is started again."""
+    from procrastinate.manager import JobManager
+
+    fetch, fetches = JobManager.fetch_job, 0
+
+    async def once_failing(self: JobManager, *arguments: Any, **options: Any) -> Any:
+        nonlocal fetches
+        fetches += 1
+        if fetches == 1:
+            from procrastinate.exceptions import ConnectorException
+
+            raise ConnectorException
+        return await fetch(self, *arguments, **options)
+
+    monkeypatch.setattr(JobManager, "fetch_job", once_failing)
+    await run_to_end(await live.api().start("SAY x", **SCRIPTED))
+    assert fetches > 1
+
+
+async def test_a_server_without_an_address_begins_no_run(yard: Yard, settings: Settings) -> None:
+    run = await yard.api().start("SLEEP 60", **SCRIPTED)
+    begun = time.monotonic()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SetupError, match="cannot listen"):
+            await _serve(settings, "127.0.0.1", taken.getsockname()[1], asyncio.Event())
+    assert time.monotonic() - begun < 5
+    assert (await run.fetch())["status"] == "queued"

@@ -1,0 +1,42 @@
+"""Runs of tasks that only their creators see (tasks-api §4.1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from taskyard.settings import Settings, TaskSettings
+from tests.conftest import make_settings
+from tests.support.yard import Yard, error, ok
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    return make_settings(tmp_path, database_url, tasks=TaskSettings(visibility="creator"))
+
+
+async def test_of_others(yard: Yard) -> None:
+    run = await yard.api().create_run(environment="cloud")
+    bob = yard.api("bob")
+    command = {"jsonrpc": "2.0", "method": "cancel"}
+    for method, rest, body in (
+        ("GET", "", None), ("PATCH", "", {}), ("PATCH", "set_output/", {"output": 1}), ("POST", "start/", {}),
+        ("POST", "resume_in_cloud/", None), ("POST", "append_log/", {"entries": [{}]}), ("GET", "logs/", None),
+        ("GET", "session_logs/", None), ("GET", "stream/", None), ("GET", "connection_token/", None),
+        ("POST", "relay_message/", {"text": "x"}), ("POST", "command/", command),
+    ):  # fmt: skip
+        error(await bob.request(method, run.path(rest), json=body), 404, "not_found")
+    for rest in ("runs/", "run/"):
+        error(await bob.post(f"tasks/{run.task_id}/{rest}", {}), 404, "not_found")
+    error(await bob.get(f"tasks/{run.task_id}/runs/"), 404, "not_found")
+    assert (await run.fetch())["status"] == "queued"
+    assert ok(await yard.api().get(f"tasks/{run.task_id}/runs/"))["count"] == 1
+
+
+async def test_of_team_wide_tasks(yard: Yard) -> None:
+    task = await yard.api().create_task(title="t", origin_product="signal_report")
+    run = await yard.api().create_run(task)
+    bob = yard.api("bob")
+    assert ok(await bob.get(run.path()))["id"] == run.id
+    assert ok(await bob.patch(run.path(), {"stage": "s"}))["stage"] == "s"
