@@ -116,6 +116,8 @@ KEPT_BY_TRIGGERS: tuple[LiteralString, ...] = (
     """INSERT INTO task_search SELECT project_id, task_number,
         search_text(title) || chr(1) || search_text(description)
         FROM tasks WHERE deleted_at IS NULL ORDER BY project_id, task_number""",
-    """INSERT INTO task_counts SELECT project_id, internal, archived, created_by_id, origin_product, repository,
-        latest_status, count(*) FROM tasks WHERE deleted_at IS NULL GROUP BY 1, 2, 3, 4, 5, 6, 7""",
+    """INSERT INTO task_count_changes SELECT project_id, internal, archived, created_by_id, origin_product,
+        coalesce(latest_status, ''), count(*), repository
+        FROM tasks WHERE deleted_at IS NULL GROUP BY 1, 2, 3, 4, 5, 6, 8""",
+    "SELECT fold_task_counts()",
 )

@@ -17,7 +17,7 @@ from procrastinate.exceptions import ConnectorException
 from taskyard.agents.adapters import adapters
 from taskyard.artifacts import retention
 from taskyard.automations import clock
-from taskyard.db.engine import AWAY, Database
+from taskyard.db.engine import AWAY, Database, raise_cancelled
 from taskyard.db.hub import Hub
 from taskyard.drive.driver import drive
 from taskyard.drive.held import Parts
@@ -38,6 +38,9 @@ over what is decided by the lease of the run, not by this."""
 SWEEP_S = 5
 """A run that is found abandoned twice, this long apart, is taken over."""
 RESTART_S = 1
+STOP_S = 2
+DRIVERS_S = 45
+"""Drivers that are stopped after the drain write the end of their runs and clean up in this time."""
 RETENTION = "*/10 * * * *"
 """How often stored objects are looked through for those whose time is over."""
 HELD_S = 5
@@ -68,21 +71,30 @@ async def running_worker(settings: Settings, database: Database) -> AsyncIterato
         try:
             yield
         finally:
-            sweep.cancel()
-            schedules.cancel()
-            work.cancel()
             assert isinstance(app.connector, PatientConnector)
             app.connector.stopping = True
-            for task in (sweep, schedules, work):
-                with suppress(asyncio.CancelledError, ConnectorException):
-                    await task
+            await asyncio.gather(
+                _end(sweep, STOP_S), _end(schedules, STOP_S), _end(work, settings.worker.drain_s + DRIVERS_S)
+            )
             await objects.close()
             await hub.stop()
 
 
+async def _end(task: asyncio.Task[None], patience_s: float) -> None:
+    """Cancel a task and wait for its end. A cancel can get lost in the task; then it is told again."""
+    stopped: set[asyncio.Task[None]] = set()
+    while not stopped:
+        task.cancel()
+        stopped, alive = await asyncio.wait({task}, timeout=patience_s)
+        for late in alive:
+            log.warning("a part of the worker did not stop, telling it again", part=late.get_name())
+    with suppress(asyncio.CancelledError, ConnectorException):
+        task.result()
+
+
 async def _work(app: procrastinate.App, settings: Settings, name: str) -> None:
     """The job engine's worker, started again should it end by itself: queued runs would wait for ever."""
-    while True:
+    while not _stopping(app):  # a cancel may come out of the engine as another error
         try:
             await app.run_worker_async(
                 queues=[QUEUE],
@@ -96,8 +108,14 @@ async def _work(app: procrastinate.App, settings: Settings, name: str) -> None:
             )
             log.error("the job engine stopped by itself, starting it again")
         except ConnectorException:
+            if _stopping(app):
+                return
             log.exception("the job engine failed, starting it again")
         await asyncio.sleep(RESTART_S)
+
+
+def _stopping(app: procrastinate.App) -> bool:
+    return isinstance(app.connector, PatientConnector) and app.connector.stopping
 
 
 async def checked_provider(settings: Settings) -> BubblewrapProvider:
@@ -163,6 +181,7 @@ async def _take_over(app: procrastinate.App, database: Database) -> None:
             await app.job_manager.prune_stalled_workers(FORGET_S)
         except (ConnectorException, *AWAY) as error:
             log.warning("cannot look for abandoned runs", error=str(error).strip())
+        raise_cancelled()
         await asyncio.sleep(SWEEP_S)
 
 

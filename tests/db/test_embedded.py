@@ -20,6 +20,7 @@ import taskyard
 from taskyard.confine import Identity, confined, staged
 from taskyard.db import embedded_server
 from taskyard.db.embedded import EmbeddedPostgres, ServeLock, running_url
+from taskyard.db.embedded_cluster import socket_folder
 from taskyard.db.embedded_files import FileLock
 from taskyard.errors import SetupError
 
@@ -177,7 +178,8 @@ async def test_pid_of_a_dead_server_in_use_by_another_process(data_dir: Path) ->
     os.kill(postmaster(data_dir), signal.SIGKILL)
     wait_until_dead(data_dir)
     pid_file = data_dir / "postgres/data/postmaster.pid"
-    socket_lock = data_dir / "postgres/run/.s.PGSQL.5432.lock"
+    # Elsewhere when the path of the data folder is too long for a socket.
+    socket_lock = socket_folder(data_dir / "postgres") / ".s.PGSQL.5432.lock"
     # PostgreSQL takes any living process of its own user for its predecessor.
     owner = pid_file.stat().st_uid if os.geteuid() == 0 else None
     stranger = subprocess.Popen(["sleep", "600"], user=owner, stdin=subprocess.DEVNULL)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from taskyard.db.engine import Database
-from taskyard.drive import driver
+from taskyard.drive import driver, watch
 from taskyard.drive.session import AgentSession
 from taskyard.drive.work import Work
 from taskyard.runs import lifecycle
@@ -176,7 +176,7 @@ class TestHangingAgent:
         return RunSettings(agent_silence_s=3.0)
 
     async def test_a_command_that_is_not_answered(self, live: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(driver, "OBEY_S", 1.0)
+        monkeypatch.setattr(watch, "OBEY_S", 1.0)
         run = await live.api().start("SAY before\nHANG", **SCRIPTED)
         await eventually(run.stream_text, lambda text: "before" in text, lambda text: f"'before' in {text}")
         answer = await run.command("set_config_option", configId="mode", value="plan")

@@ -11,17 +11,28 @@ import pytest
 from taskyard.db.engine import Database
 from tests.support.yard import Api, Yard, ok
 
-DIFFERENCES = """
-WITH tally AS (
-    SELECT project_id, internal, archived, created_by_id, origin_product, nullif(repository, '') AS repository,
-        latest_status, sum(n) AS n
-    FROM task_tally GROUP BY 1, 2, 3, 4, 5, 6, 7 HAVING sum(n) <> 0
-), counted AS (
-    SELECT project_id, internal, archived, created_by_id, origin_product, nullif(repository, ''),
-        latest_status, count(*) AS n
-    FROM tasks WHERE deleted_at IS NULL GROUP BY 1, 2, 3, 4, 5, 6, 7
+COUNTED = """
+SELECT project_id, internal, archived, created_by_id, origin_product, coalesce(latest_status, ''),
+    coalesce(repository, ''), count(*) AS n
+FROM tasks WHERE deleted_at IS NULL GROUP BY 1, 2, 3, 4, 5, 6, 7
+"""
+DIFFERENCES = f"""
+WITH counted AS ({COUNTED}), plain (a, b, c, d, e, f, n) AS (
+    SELECT project_id, internal, archived, created_by_id, origin_product, status, sum(n)
+    FROM counted AS c (project_id, internal, archived, created_by_id, origin_product, status, repository, n)
+    GROUP BY 1, 2, 3, 4, 5, 6
+), tally AS (
+    SELECT project_id, internal, archived, created_by_id, origin_product, latest_status, sum(n) AS n
+    FROM task_tally GROUP BY 1, 2, 3, 4, 5, 6 HAVING sum(n) <> 0
+), by_repository AS (
+    SELECT project_id, internal, archived, created_by_id, origin_product, latest_status, repository, sum(n) AS n
+    FROM repository_tally GROUP BY 1, 2, 3, 4, 5, 6, 7 HAVING sum(n) <> 0
 )
-(TABLE tally EXCEPT TABLE counted) UNION ALL (TABLE counted EXCEPT TABLE tally)
+SELECT to_jsonb(w) FROM ((TABLE tally EXCEPT TABLE plain) UNION ALL (TABLE plain EXCEPT TABLE tally)) w
+UNION ALL
+SELECT to_jsonb(w) FROM (
+    (TABLE by_repository EXCEPT TABLE counted) UNION ALL (TABLE counted EXCEPT TABLE by_repository)
+) w
 """
 WRONG_LATEST = """
 SELECT t.id FROM tasks t LEFT JOIN LATERAL (

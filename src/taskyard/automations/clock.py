@@ -10,7 +10,7 @@ import asyncio
 import structlog
 
 from taskyard.automations import service, store
-from taskyard.db.engine import AWAY, Database
+from taskyard.db.engine import AWAY, Database, raise_cancelled
 
 log = structlog.get_logger()
 
@@ -34,4 +34,5 @@ async def keep(database: Database, agents: frozenset[str]) -> None:
         except Exception:
             # A bug must not end all schedules until somebody restarts the worker.
             log.exception("looking for due automations failed, trying again")
+        raise_cancelled()
         await asyncio.sleep(wait)

@@ -34,6 +34,16 @@ AWAY = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction, Databas
 """What is raised while the database cannot be used, and is worth another try: restarts, lost connections, failover."""
 
 
+def raise_cancelled() -> None:
+    """For loops around the database: a cancelled query can come back as an error, or even with its result.
+
+    Raises CancelledError when this task was told to end.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 class Database:
     """A pool of connections to one database, given as a libpq URL."""
 

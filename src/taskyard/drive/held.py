@@ -11,7 +11,7 @@ import structlog
 
 from taskyard.commands import store as commands
 from taskyard.commands.store import Letter
-from taskyard.db.engine import AWAY, Database, Row
+from taskyard.db.engine import AWAY, Database, Row, raise_cancelled
 from taskyard.db.hub import Hub, Wake
 from taskyard.drive.failures import storable
 from taskyard.drive.recorder import Recorder
@@ -55,6 +55,7 @@ class HeldRun:
                 held = await runs.renew(self.parts.database, self.lease)
                 wait = runs.LEASE_S / 3
             except AWAY:
+                raise_cancelled()
                 wait = min(wait, 1.0)
         self.recorder.lost = True
         self._wake.set()
@@ -110,6 +111,7 @@ class HeldRun:
             try:
                 return await work()
             except AWAY as error:
+                raise_cancelled()
                 log.warning("a run waits for the database", run=self.run_id, error=str(error).strip())
             await asyncio.sleep(delay)
             delay = min(delay * 2, 2.0)

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import structlog
 
-from taskyard.db.engine import AWAY, Database
+from taskyard.db.engine import AWAY, Database, raise_cancelled
 from taskyard.events import store
 from taskyard.events.entries import Entry, Shown
 from taskyard.runs.store import Lease
@@ -101,6 +101,7 @@ class Recorder:
                 self.lost = True
                 self._on_lost()
             except AWAY as error:
+                raise_cancelled()
                 log.warning("cannot write events, trying again", error=str(error).strip(), delay=delay)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 2.0)

@@ -1,11 +1,11 @@
-"""Conditions on tasks as SQL, on a row `t` of `tasks` or, but for the stage, of `task_tally`.
+"""Conditions on tasks as SQL, on a row `t` of `tasks` or, but for the stage, of a tally.
 
 The one place that scopes tasks to a project and to whom they are visible.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, LiteralString
 
 from taskyard.accounts.caller import Caller
@@ -22,8 +22,10 @@ class Where:
     parameters: Parameters
     filters: int = 0
     """How many filters it has besides the usual ones of a list."""
+    repository: bool = False
+    """Whether one is about the repository, which only `repository_tally` knows."""
     stage: bool = False
-    """Whether one is about runs, which `task_tally` does not know."""
+    """Whether one is about runs, which no tally knows."""
 
     @property
     def prepare(self) -> bool | None:
@@ -77,7 +79,13 @@ def narrowed(caller: Caller, query: Narrowing) -> Where:
             " AND s.task_id = t.id)"
         )
         parameters["stage"] = query.stage
-    return Where(" AND ".join(parts), parameters, len(parts) - 1, stage=query.stage is not None)
+    return Where(
+        " AND ".join(parts),
+        parameters,
+        filters=len(parts) - 1,
+        repository=query.repository is not None or query.organization is not None,
+        stage=query.stage is not None,
+    )
 
 
 def listed(caller: Caller, query: TaskQuery) -> Where:
@@ -93,4 +101,4 @@ def listed(caller: Caller, query: TaskQuery) -> Where:
         parts.append("t.latest_status = %(status)s")
         parameters["status"] = query.status
     filters = narrow.filters + (query.status is not None)
-    return Where(" AND ".join(parts), parameters, filters, stage=narrow.stage)
+    return replace(narrow, sql=" AND ".join(parts), filters=filters)

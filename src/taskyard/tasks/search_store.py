@@ -7,6 +7,7 @@ from typing import LiteralString
 from psycopg.rows import scalar_row
 
 from taskyard.db.engine import Connection, Row
+from taskyard.tasks import store
 from taskyard.tasks.filters import Where
 
 BLOCK_BITS = 14
@@ -18,7 +19,7 @@ async def extent(connection: Connection, where: Where, term: str) -> Row:
 
     `total` is None when it is not much smaller than the project, or not known without counting.
     """
-    total: LiteralString = "(SELECT coalesce(sum(t.n), 0)::bigint FROM task_tally t WHERE " + where.sql + ")"
+    total: LiteralString = "(" + store.counting(where) + ")"
     row = await (
         await connection.execute(
             "SELECT search_text(%(term)s) AS term, p.next_task_number AS top, "

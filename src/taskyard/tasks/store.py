@@ -80,15 +80,18 @@ async def get(source: Database | Connection, where: Where, task_id: UUID) -> Row
     return rows[0] if rows else None
 
 
-def _count(where: Where) -> LiteralString:
+def counting(where: Where) -> LiteralString:
     """A query for the exact number of tasks."""
     if where.stage:
         return "SELECT count(*) AS n FROM tasks t WHERE " + where.sql
-    return "SELECT coalesce(sum(t.n), 0)::bigint AS n FROM task_tally t WHERE " + where.sql
+    tally: LiteralString = "repository_tally" if where.repository else "task_tally"
+    return "SELECT coalesce(sum(t.n), 0)::bigint AS n FROM " + tally + " t WHERE " + where.sql
 
 
 async def count(connection: Connection, where: Where) -> int:
-    row = await (await connection.execute(_count(where), where.parameters, prepare=where.prepare)).fetchone()
+    row = await (
+        await connection.execute(counting(where), where.parameters, prepare=where.prepare)
+    ).fetchone()
     assert row is not None
     return int(row["n"])
 
@@ -99,6 +102,9 @@ DEEP = 1000
 
 async def page(connection: Connection, where: Where, limit: int, offset: int) -> tuple[list[Row], int]:
     """One page of a list, newest first, and how many tasks the whole list has."""
+    if where.filters > 1 and not where.stage and (number := await count(connection, where)) <= offset:
+        # That nothing has several properties is not seen in an index of one.
+        return [], number
     parameters = {**where.parameters, "limit": limit, "offset": offset}
     start: LiteralString = ""
     if offset >= DEEP:
@@ -111,7 +117,7 @@ async def page(connection: Connection, where: Where, limit: int, offset: int) ->
         "SELECT "
         + ", ".join(TASK + RUN)
         + ", ("
-        + _count(where)
+        + counting(where)
         + ")"
         + FROM
         + " WHERE "
@@ -140,7 +146,7 @@ async def numbered(connection: Connection, where: Where, numbers: Sequence[int])
 async def repositories(database: Database, where: Where) -> list[str]:
     """The repositories of tasks, each once, in the order of their characters."""
     rows = await database.fetch(
-        "SELECT t.repository FROM task_tally t WHERE t.repository <> '' AND NOT t.internal AND "
+        "SELECT t.repository FROM repository_tally t WHERE t.repository <> '' AND NOT t.internal AND "
         + where.sql
         + ' GROUP BY t.repository HAVING sum(t.n) > 0 ORDER BY t.repository COLLATE "C"',
         **where.parameters,

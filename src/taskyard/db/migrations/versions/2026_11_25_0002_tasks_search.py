@@ -65,38 +65,56 @@ CREATE INDEX runs_stage ON runs (project_id, stage, task_id) WHERE stage IS NOT 
 """
 
 COUNTS = """
--- How many tasks have each combination of what lists filter by. Writers only append changes, so they never
--- wait for each other; `fold_task_counts` adds the changes up. Reading both in one statement is exact.
+-- How many tasks have each combination of what lists filter by: once without the repository, which are few
+-- rows, and once with it. Writers only append changes, so they never wait for each other; `fold_task_counts`
+-- adds the changes up. Reading both in one statement is exact.
 CREATE TABLE task_counts (
     project_id integer NOT NULL,
     internal boolean NOT NULL,
     archived boolean NOT NULL,
     created_by_id integer,
     origin_product text NOT NULL,
-    repository text,
-    latest_status text,
+    latest_status text NOT NULL,
     n bigint NOT NULL
 );
-CREATE UNIQUE INDEX task_counts_cell ON task_counts (project_id, internal, archived,
-    coalesce(created_by_id, 0), origin_product, coalesce(repository, ''), coalesce(latest_status, ''));
-CREATE TABLE task_count_changes (LIKE task_counts);
+CREATE UNIQUE INDEX task_counts_cell ON task_counts
+    (project_id, internal, archived, coalesce(created_by_id, 0), origin_product, latest_status);
+CREATE TABLE repository_counts (LIKE task_counts, repository text NOT NULL);
+CREATE UNIQUE INDEX repository_counts_cell ON repository_counts
+    (project_id, repository, internal, archived, coalesce(created_by_id, 0), origin_product, latest_status);
+CREATE INDEX repository_counts_organization ON repository_counts (project_id, split_part(repository, '/', 1));
+CREATE INDEX repository_counts_name ON repository_counts (project_id, split_part(repository, '/', 2));
+CREATE TABLE task_count_changes (LIKE repository_counts);
 
--- Has the columns that conditions on tasks use, so that one condition serves both.
+-- They have the columns that conditions on tasks use, so that one condition serves both.
 CREATE VIEW task_tally AS
     SELECT *, NULL::timestamptz AS deleted_at FROM task_counts
+    UNION ALL
+    SELECT project_id, internal, archived, created_by_id, origin_product, latest_status, n, NULL
+    FROM task_count_changes;
+CREATE VIEW repository_tally AS
+    SELECT *, NULL::timestamptz AS deleted_at FROM repository_counts
     UNION ALL SELECT *, NULL FROM task_count_changes;
 
 CREATE FUNCTION fold_task_counts() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     -- One at a time: whoever comes second has nothing to do.
     IF NOT pg_try_advisory_xact_lock(7401824) THEN RETURN; END IF;
-    WITH taken AS (DELETE FROM task_count_changes RETURNING *)
-    INSERT INTO task_counts AS c
-    SELECT project_id, internal, archived, nullif(coalesce(created_by_id, 0), 0), origin_product,
-        nullif(coalesce(repository, ''), ''), nullif(coalesce(latest_status, ''), ''), sum(n)
-    FROM taken GROUP BY 1, 2, 3, 4, 5, 6, 7 HAVING sum(n) <> 0
-    ON CONFLICT (project_id, internal, archived, coalesce(created_by_id, 0), origin_product,
-        coalesce(repository, ''), coalesce(latest_status, '')) DO UPDATE SET n = c.n + excluded.n;
+    WITH taken AS (
+        DELETE FROM task_count_changes RETURNING *
+    ), plain AS (
+        INSERT INTO task_counts AS c
+        SELECT project_id, internal, archived, created_by_id, origin_product, latest_status, sum(n)
+        FROM taken GROUP BY 1, 2, 3, 4, 5, 6 HAVING sum(n) <> 0
+        ON CONFLICT (project_id, internal, archived, coalesce(created_by_id, 0), origin_product, latest_status)
+        DO UPDATE SET n = c.n + excluded.n
+    )
+    INSERT INTO repository_counts AS c
+    SELECT project_id, internal, archived, created_by_id, origin_product, latest_status, sum(n), repository
+    FROM taken GROUP BY 1, 2, 3, 4, 5, 6, 8 HAVING sum(n) <> 0
+    ON CONFLICT (project_id, repository, internal, archived, coalesce(created_by_id, 0), origin_product,
+        latest_status)
+    DO UPDATE SET n = c.n + excluded.n;
 END $$;
 """
 
@@ -166,11 +184,13 @@ CREATE FUNCTION note_task() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP = 'UPDATE' AND OLD.deleted_at IS NULL THEN
         INSERT INTO task_count_changes VALUES (OLD.project_id, OLD.internal, OLD.archived,
-            OLD.created_by_id, OLD.origin_product, OLD.repository, OLD.latest_status, -1);
+            OLD.created_by_id, OLD.origin_product, coalesce(OLD.latest_status, ''), -1,
+            coalesce(OLD.repository, ''));
     END IF;
     IF NEW.deleted_at IS NULL THEN
         INSERT INTO task_count_changes VALUES (NEW.project_id, NEW.internal, NEW.archived,
-            NEW.created_by_id, NEW.origin_product, NEW.repository, NEW.latest_status, 1);
+            NEW.created_by_id, NEW.origin_product, coalesce(NEW.latest_status, ''), 1,
+            coalesce(NEW.repository, ''));
     END IF;
     IF random() < 0.01 THEN PERFORM fold_task_counts(); END IF;
     RETURN NULL;
@@ -201,10 +221,11 @@ CREATE TRIGGER note_text_change AFTER UPDATE OF title, description, deleted_at O
         (NEW.title, NEW.description, NEW.deleted_at))
     EXECUTE FUNCTION note_text();
 
-INSERT INTO task_counts
-    SELECT project_id, internal, archived, created_by_id, origin_product, nullif(repository, ''),
-        latest_status, count(*)
-    FROM tasks WHERE deleted_at IS NULL GROUP BY 1, 2, 3, 4, 5, 6, 7;
+INSERT INTO task_count_changes
+    SELECT project_id, internal, archived, created_by_id, origin_product, coalesce(latest_status, ''), count(*),
+        coalesce(repository, '')
+    FROM tasks WHERE deleted_at IS NULL GROUP BY 1, 2, 3, 4, 5, 6, 8;
+SELECT fold_task_counts();
 INSERT INTO task_search
     SELECT project_id, task_number, search_text(title) || chr(1) || search_text(description)
     FROM tasks WHERE deleted_at IS NULL;
