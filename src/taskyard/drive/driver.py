@@ -23,7 +23,8 @@ from taskyard.drive.attachments import AttachmentError, deliver
 from taskyard.drive.failures import Ended, ErrorType, OutputGiven, RunFailure
 from taskyard.drive.held import Parts
 from taskyard.drive.prompt import Message, content_blocks, first_prompt, pending_artifacts
-from taskyard.drive.session import AgentSession, start_agent, usage_state
+from taskyard.drive.session import AgentSession, start_agent
+from taskyard.drive.traffic import usage_state
 from taskyard.drive.watch import LOOK_S, URGENT, WatchedRun
 from taskyard.drive.work import Work
 from taskyard.errors import InvalidInputError, TaskyardError

@@ -28,12 +28,13 @@ from taskyard.db.engine import Database, Row
 from taskyard.drive.failures import RunFailure, with_tail
 from taskyard.drive.permissions import Permissions
 from taskyard.drive.recorder import Recorder
+from taskyard.drive.traffic import Refusals, used
 from taskyard.drive.transcript import Transcript
 from taskyard.drive.variables import user_variables
 from taskyard.drive.work import Work
 from taskyard.errors import TaskyardError
 from taskyard.events import entries
-from taskyard.gateway.server import Gateway, ModelCall, ModelRoute, Policy, Refusal, Usage
+from taskyard.gateway.server import Gateway, ModelRoute, Policy, Usage
 from taskyard.sandbox.programs import program_mounts
 from taskyard.sandbox.provider import Process, Sandbox
 from taskyard.settings import Settings, Upstream
@@ -214,7 +215,7 @@ async def _spawn(
     gateway = Gateway(
         Policy(run_id, _routes(settings)),
         on_refusal=Refusals(run_id, recorder),
-        on_usage=lambda call: recorder.add(_used(run_id, call)),
+        on_usage=lambda call: recorder.add(used(run_id, call)),
     )
     try:
         process = await sandbox.exec(
@@ -356,49 +357,3 @@ def _route(name: str, upstream: Upstream, key: str) -> ModelRoute:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         message = f"The file of the setting models.{name}.api_key_file cannot be read: {reason}."
         raise RunFailure("agent_start_failed", message) from error
-
-
-MAX_REFUSALS = 200
-
-
-class Refusals:
-    """Shows what the gateway refused: each thing once, and not without end, since the agent decides how often."""
-
-    def __init__(self, run_id: str, recorder: Recorder) -> None:
-        self._run_id = run_id
-        self._recorder = recorder
-        self._seen: set[tuple[str, str, str]] = set()
-
-    def __call__(self, refusal: Refusal) -> None:
-        key = (refusal.method, refusal.target, refusal.reason)
-        if key in self._seen or len(self._seen) >= MAX_REFUSALS:
-            return
-        self._seen.add(key)
-        text = f"Network: refused {refusal.method} {refusal.target}: {refusal.reason}"
-        if len(self._seen) == MAX_REFUSALS:
-            text += " (further refusals are not shown)"
-        self._recorder.add(entries.console(self._run_id, "warn", text))
-
-
-def usage_state(usage: Usage) -> Json:
-    """The counted model traffic, as it stands in a run's `state.token_usage`."""
-    counts: Json = {
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-        "cached_read_tokens": usage.cached_read_tokens,
-        "cached_write_tokens": usage.cached_write_tokens,
-        "model_calls": usage.calls,
-    }
-    if usage.models:
-        counts["models"] = {name: usage_state(one) for name, one in usage.models.items()}
-    return counts
-
-
-def _used(run_id: str, call: ModelCall) -> entries.Entry:
-    used = {
-        "inputTokens": call.input_tokens,
-        "outputTokens": call.output_tokens,
-        "cachedReadTokens": call.cached_read_tokens,
-        "cachedWriteTokens": call.cached_write_tokens,
-    }
-    return entries.named("_posthog/usage_update", {"sessionId": run_id, "used": used, "model": call.model})
