@@ -127,10 +127,12 @@ def add_file_key(settings: Settings) -> None:
     _replace(path, [secrets.token_bytes(32), *_key_file(path)])
 
 
-def keep_file_key(settings: Settings) -> None:
-    """Remove all keys but the first from the key file."""
+def keep_file_key(settings: Settings, fingerprint: str) -> None:
+    """Remove all keys from the key file but the one of this fingerprint; nothing when it is not there."""
     path = settings.data_dir / KEY_FILE
-    _replace(path, _key_file(path)[:1])
+    keys = [key for key in _key_file(path) if _fingerprint(key) == fingerprint]
+    if keys:
+        _replace(path, keys)
 
 
 def _fingerprint(key: bytes) -> str:

@@ -73,5 +73,8 @@ async def rotate(database: Database, settings: Settings, *, drop_unreadable: boo
                     rotated += 1
         await store.set_key_mark(connection, box.fingerprints[0])
     if own_file:
-        await asyncio.to_thread(keep_file_key, settings)
+        async with database.transaction() as connection:
+            # Under the lock again: another rotation may be between its new key file and its commit.
+            if mark := await store.key_mark(connection, "update"):
+                await asyncio.to_thread(keep_file_key, settings, mark)
     return {"rotated": rotated, "dropped": dropped}
