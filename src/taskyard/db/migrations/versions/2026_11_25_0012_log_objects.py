@@ -1,0 +1,14 @@
+"""Logs of ended runs as objects."""
+
+from alembic import op
+
+revision = "0012"
+down_revision = "0011"
+
+SQL = "SELECT 1"
+
+
+def upgrade() -> None:
+    connection = op.get_bind().connection.driver_connection
+    assert connection is not None
+    connection.execute(SQL)

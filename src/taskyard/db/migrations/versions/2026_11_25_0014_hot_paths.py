@@ -1,0 +1,14 @@
+"""Hot paths."""
+
+from alembic import op
+
+revision = "0014"
+down_revision = "0013"
+
+SQL = "SELECT 1"
+
+
+def upgrade() -> None:
+    connection = op.get_bind().connection.driver_connection
+    assert connection is not None
+    connection.execute(SQL)

@@ -1,0 +1,14 @@
+"""Environments of agents."""
+
+from alembic import op
+
+revision = "0016"
+down_revision = "0015"
+
+SQL = "SELECT 1"
+
+
+def upgrade() -> None:
+    connection = op.get_bind().connection.driver_connection
+    assert connection is not None
+    connection.execute(SQL)
