@@ -9,30 +9,25 @@ import pytest
 
 from taskyard import idempotency
 from taskyard.app import application
+from taskyard.artifacts import store as artifacts
 from taskyard.tasks import service
+from tests.support.artifacts import item, named, send
 from tests.support.browser import open_browser
-from tests.support.yard import Api, Yard, error, eventually, ok
+from tests.support.yard import Api, Run, Yard, error, eventually, ok
 
-NOT_CREATING = {
-    # They answer a question, or act on what is there.
+UNKEYED = {
+    # They answer a question.
     "/api/projects/{project_id}/tasks/summaries",
-    "/api/projects/{project_id}/tasks/{task_id}/presence",
-    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/start",
-    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/resume_in_cloud",
-    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/command",
-    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/relay_message",
-    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/append_log",
-    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/event_stream",
-    # Uploads: finalizing is idempotent by itself, and bytes are not kept twice.
-    "/api/projects/{project_id}/tasks/{task_id}/staged_artifacts/prepare_upload",
-    "/api/projects/{project_id}/tasks/{task_id}/staged_artifacts/finalize_upload",
-    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/artifacts",
-    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/artifacts/prepare_upload",
-    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/artifacts/finalize_upload",
     "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/artifacts/presign",
     "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/artifacts/download",
+    # It numbers its lines itself, and comes with a token of the run.
+    "/api/projects/{project_id}/tasks/{task_id}/runs/{run_id}/event_stream",
+    # Adding somebody twice is the same as once, and the answer may have a secret that must not be kept.
+    "/api/projects/{project_id}/members",
+    # Nothing is kept of it.
+    "/api/projects/{project_id}/tasks/{task_id}/presence",
 }
-"""POSTs of a project that take no key. A new one belongs here or in `idempotency.CREATING`."""
+"""POSTs of a project that take no key. A new one belongs here or in `idempotency.KEYED`."""
 
 
 async def create(api: Api, key: str | None, path: str = "tasks/", body: Any = None, **headers: str) -> Any:
@@ -47,14 +42,16 @@ async def count(yard: Yard, table: str = "tasks") -> int:
 
 
 def test_every_post_is_on_one_of_the_lists(yard: Yard) -> None:
-    posts = {
-        route.path_format
+    there = {
+        (method, route.path_format)
         for route in application(yard.settings, yard.database).routes
         for handler in getattr(route, "route_handlers", [])
-        if "POST" in handler.http_methods and "{project_id}" in route.path_format
+        for method in handler.http_methods
+        if "{project_id}" in route.path_format
     }
-    assert posts >= idempotency.CREATING
-    assert posts - idempotency.CREATING <= NOT_CREATING
+    posts = {path for method, path in there if method == "POST"}
+    assert there >= idempotency.KEYED
+    assert posts - {path for _, path in idempotency.KEYED} == UNKEYED
 
 
 async def test_the_same_request_gets_the_same_answer(yard: Yard) -> None:
@@ -103,7 +100,7 @@ async def test_runs_are_started_once(yard: Yard) -> None:
     path = f"tasks/{task['id']}/run/"
     answers = await asyncio.gather(*(create(yard.api(), "k", path, {}) for _ in range(4)))
     assert {ok(answer)["latest_run"]["id"] for answer in answers} == {answers[0].json()["latest_run"]["id"]}
-    assert (await count(yard, "runs"), await count(yard, "procrastinate_jobs")) == (1, 1)
+    assert (await count(yard, "runs"), await count(yard, "run_queue")) == (1, 1)
     one = ok(await create(yard.api(), "r", f"tasks/{task['id']}/runs/", {}), 201)
     assert ok(await create(yard.api(), "r", f"tasks/{task['id']}/runs/", {}), 201) == one
     assert await count(yard, "runs") == 2
@@ -126,6 +123,86 @@ async def test_everything_that_creates(yard: Yard, path: str, body: dict[str, st
     again = await create(yard.api(), "k", path, body)
     assert (again.status_code, again.content) == (201, first.content)
     assert again.headers["idempotent-replayed"] == "true"
+
+
+async def twice(run: Run, method: str, path: str, body: Any) -> Any:
+    """The answer to a request that is sent twice with one key."""
+    headers = {"Idempotency-Key": f"{method} {path}"}
+    first = await run.api.request(method, path, json=body, headers=headers)
+    assert first.status_code == 200, first.text
+    again = await run.api.request(method, path, json=body, headers=headers)
+    assert (again.status_code, again.content) == (200, first.content)
+    assert again.headers["idempotent-replayed"] == "true"
+    return first.json()
+
+
+async def test_what_acts_on_a_run(yard: Yard) -> None:
+    run = await yard.api().create_run(environment="cloud")
+    await twice(run, "POST", run.path("append_log/"), {"entries": [{"n": 1}]})
+    assert await run.log() == [{"n": 1}]
+    await twice(run, "POST", run.path("relay_message/"), {"text": "x"})
+    await twice(run, "PATCH", run.path("set_output/"), {"output": 1})
+    assert (await twice(run, "POST", run.path("start/"), {}))["latest_run"]["id"] == run.id
+    assert await count(yard, "run_queue") == 1
+    message = {"jsonrpc": "2.0", "method": "user_message", "params": {"content": "hello"}, "id": 7}
+    assert (await twice(run, "POST", run.path("command/"), message))["result"] == {"queued": True}
+    assert await count(yard, "commands") == 1
+    await run.cancel()
+    await twice(run, "POST", run.path("resume_in_cloud/"), None)
+
+
+async def test_a_command_that_the_agent_answers_takes_no_key(yard: Yard) -> None:
+    """It waits for another process, so it must be committed before."""
+    run = await yard.api().create_run(environment="cloud")
+    bodies: list[Any] = [{"jsonrpc": "2.0", "method": "cancel"}, [], {"method": 1}]
+    for body in bodies:
+        headers = {"Idempotency-Key": "k"}
+        response = await run.api.post(run.path("command/"), body, headers=headers)
+        assert response.status_code == 400
+    assert await count(yard, "idempotency_keys") == 0
+
+
+async def test_uploads(yard: Yard) -> None:
+    run = await yard.api().create_run()
+    inline = {"artifacts": [{"name": "a.txt", "type": "output", "content": "x" * 12_000_000}]}
+    made = await twice(run, "POST", run.path("artifacts/"), inline)
+    assert [entry["size"] for entry in made["artifacts"]] == [12_000_000]
+    for path in (run.path("artifacts/"), f"tasks/{run.task_id}/staged_artifacts/"):
+        announced = {"artifacts": [item()]}
+        entry = (await twice(run, "POST", path + "prepare_upload/", announced))["artifacts"][0]
+        await send(run.api, entry)
+        await twice(run, "POST", path + "finalize_upload/", {"artifacts": [named(entry)]})
+    assert [entry["name"] for entry in (await run.fetch())["artifacts"]] == ["a.txt", "notes.txt"]
+
+
+async def test_keyed_uploads_do_not_take_all_connections(yard: Yard) -> None:
+    """Each needs a second connection for a moment; the pool has six."""
+    run = await yard.api().create_run()
+
+    async def one(n: int) -> Any:
+        body = {"artifacts": [{"name": f"{n}.txt", "type": "output", "content": "x"}]}
+        return await run.api.post(run.path("artifacts/"), body, headers={"Idempotency-Key": f"k{n // 2}"})
+
+    async with asyncio.timeout(25):  # less than a connection is waited for
+        answers = await asyncio.gather(*map(one, range(0, 40, 2)), *map(one, range(0, 40, 2)))
+    assert {answer.status_code for answer in answers} == {200}, {answer.text for answer in answers}
+    assert len((await run.fetch())["artifacts"]) == 20
+
+
+async def test_an_upload_that_fails_is_known_to_retention(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its object may be stored already, so its key stays written down, whatever becomes of the request."""
+    run = await yard.api().create_run()
+
+    async def broken(*_: Any) -> Any:
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(artifacts, "add", broken)
+    body = {"artifacts": [{"name": "a.txt", "type": "output", "content": "x"}]}
+    response = await run.api.post(run.path("artifacts/"), body, headers={"Idempotency-Key": "k"})
+    assert response.status_code == 500
+    assert (await count(yard, "idempotency_keys"), await count(yard, "stored_objects")) == (0, 1)
 
 
 async def test_keys_belong_to_a_user_in_a_project(yard: Yard) -> None:

@@ -17,6 +17,7 @@ from taskyard.agents.adapters import adapters
 from taskyard.artifacts.api import RunArtifactController, StagedArtifactController
 from taskyard.automations.api import AutomationController
 from taskyard.commands.api import CommandController
+from taskyard.cors import cross_origin, rules
 from taskyard.db.engine import Database
 from taskyard.db.hub import Hub
 from taskyard.environments.api import EnvironmentController
@@ -26,11 +27,12 @@ from taskyard.errors import (
     ServiceUnavailableError,
     TaskyardError,
 )
+from taskyard.events.record import Record
+from taskyard.events.tail import Tails
 from taskyard.forge.api import RepositoryController
 from taskyard.http import answer
 from taskyard.idempotency import idempotent
 from taskyard.objects.api import download, upload
-from taskyard.objects.cors import cross_origin
 from taskyard.objects.service import open_store
 from taskyard.openapi.api import ROUTES as OPENAPI
 from taskyard.runs.api import RunController
@@ -39,6 +41,7 @@ from taskyard.runs.tokens import RunTokens
 from taskyard.security import Signer
 from taskyard.settings import Settings
 from taskyard.tasks.api import TaskController
+from taskyard.tasks.inserts import Inserts
 
 log = structlog.get_logger()
 
@@ -46,7 +49,7 @@ log = structlog.get_logger()
 def create_app(settings: Settings, database: Database) -> ASGIApp:
     """The API over an open, migrated database."""
     app = heads_and_options(application(settings, database))
-    return cross_origin(app, settings.objects.cors_origins)
+    return cross_origin(app, rules(settings))
 
 
 def application(settings: Settings, database: Database) -> Litestar:
@@ -61,6 +64,8 @@ def application(settings: Settings, database: Database) -> Litestar:
         run_tokens = await RunTokens.load(database)
         objects = await open_store(settings, database)
         app.state["objects"] = objects
+        record = Record(database, objects)
+        app.state.update({"record": record, "tails": Tails(record, hub)})
         app.state.update({"hub": hub, "signer": Signer(bytes(row["key"])), "run_tokens": run_tokens})
         try:
             yield
@@ -88,7 +93,14 @@ def application(settings: Settings, database: Database) -> Litestar:
             upload,
             download,
         ],
-        state=State({"settings": settings, "database": database, "agents": frozenset(adapters(settings))}),
+        state=State(
+            {
+                "settings": settings,
+                "database": database,
+                "new_tasks": Inserts(database),
+                "agents": frozenset(adapters(settings)),
+            }
+        ),
         lifespan=[lifespan],
         exception_handlers={
             TaskyardError: expected,

@@ -1,4 +1,4 @@
-"""`Idempotency-Key` on the requests that create something: a request sent twice is done once.
+"""`Idempotency-Key` on the requests that create something or act: a request sent twice is done once.
 
 The first request with a key and its answer share one transaction: what was created and the memory of it are
 committed together or not at all. The same request with that key waits for the first one and gets its answer; another
@@ -7,7 +7,9 @@ request with it is refused. Keys belong to a user in a project, and are forgotte
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import json
 from typing import Any, LiteralString
 
 import psycopg
@@ -19,19 +21,42 @@ from taskyard.db.engine import Connection, Database, Row
 from taskyard.errors import InvalidInputError, TaskyardError
 
 PROJECT = "/api/projects/{project_id}"
-CREATING = frozenset(
+TASK = f"{PROJECT}/tasks/{{task_id}}"
+RUN = f"{TASK}/runs/{{run_id}}"
+COMMAND = f"{RUN}/command"
+UPLOADS = frozenset(
     {
-        f"{PROJECT}/tasks",
-        f"{PROJECT}/tasks/{{task_id}}/run",
-        f"{PROJECT}/tasks/{{task_id}}/runs",
-        f"{PROJECT}/sandbox_environments",
-        f"{PROJECT}/task_automations",
-        f"{PROJECT}/task_automations/{{automation_id}}/run",
-        f"{PROJECT}/repositories",
+        f"{TASK}/staged_artifacts/finalize_upload",
+        f"{RUN}/artifacts",
+        f"{RUN}/artifacts/finalize_upload",
     }
 )
-"""The routes whose POST creates. Their handlers must not wait for other processes: see `one_transaction`."""
+"""These wait for object storage, and need a second connection for a moment."""
+KEYED = frozenset(
+    {
+        ("POST", f"{PROJECT}/tasks"),
+        ("POST", f"{TASK}/run"),
+        ("POST", f"{TASK}/runs"),
+        ("POST", f"{RUN}/start"),
+        ("POST", f"{RUN}/resume_in_cloud"),
+        ("PATCH", f"{RUN}/set_output"),
+        ("POST", f"{RUN}/append_log"),
+        ("POST", f"{RUN}/relay_message"),
+        ("POST", COMMAND),
+        ("POST", f"{TASK}/staged_artifacts/prepare_upload"),
+        ("POST", f"{RUN}/artifacts/prepare_upload"),
+        *(("POST", path) for path in UPLOADS),
+        ("POST", f"{PROJECT}/sandbox_environments"),
+        ("POST", f"{PROJECT}/task_automations"),
+        ("POST", f"{PROJECT}/task_automations/{{automation_id}}/run"),
+        ("POST", f"{PROJECT}/repositories"),
+    }
+)
+"""The routes that take a key. Their handlers must not wait for other processes: see `one_transaction`. So of commands
+only messages take part, which are queued; the others are answered by the agent, and harmless when repeated."""
 
+UPLOADS_AT_ONCE = 3
+"""Keyed uploads of one process at once; more wait, so that they cannot take all connections from each other."""
 MAX_LENGTH = 255
 FORGOTTEN_AFTER: LiteralString = "interval '24 hours'"
 NEVER_REMEMBERED = frozenset({401, 403, 429})
@@ -47,15 +72,16 @@ class IdempotencyKeyReusedError(TaskyardError):
 
 
 def idempotent(app: ASGIApp) -> ASGIApp:
-    """Middleware for the whole application; it touches only POSTs that create, and come with a key."""
+    """Middleware for the whole application; it touches only requests of KEYED that come with a key."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("method") != "POST" or scope.get("path_template") not in CREATING:
+        path = scope.get("path_template")
+        if (scope.get("method"), path) not in KEYED:
             await app(scope, receive, send)
             return
         request: Request[Caller, Any, Any] = Request(scope, receive, send)
         key = request.headers.get("idempotency-key")
-        if key is None:
+        if key is None or (path == COMMAND and not is_message(await request.body())):
             await app(scope, receive, send)
             return
         if not 0 < len(key) <= MAX_LENGTH or not (key.isascii() and key.isprintable()):
@@ -64,10 +90,23 @@ def idempotent(app: ASGIApp) -> ASGIApp:
                 attr="Idempotency-Key",
             )
         await authorize(request, scope["route_handler"])
-        answer = await _once(app, request, key)
+        if path in UPLOADS:
+            async with request.app.state.setdefault("keyed_uploads", asyncio.Semaphore(UPLOADS_AT_ONCE)):
+                answer = await _once(app, request, key)
+        else:
+            answer = await _once(app, request, key)
         await answer.send(send)
 
     return wrapped
+
+
+def is_message(body: bytes) -> bool:
+    """Whether a command is a message to the agent; a body that is nothing of the kind is refused by its handler."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.get("method") == "user_message"
 
 
 class Answer:

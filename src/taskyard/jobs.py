@@ -1,10 +1,9 @@
-"""The job engine: Procrastinate on our database. A run is driven by one job, `drive`."""
+"""The job engine, Procrastinate on our database, for the work of the house; and the way into the queue of runs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, LiteralString, TypeVar
 from uuid import UUID
 
@@ -13,23 +12,52 @@ import structlog
 from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 
+from taskyard.db import hub
 from taskyard.db.engine import AWAY, Connection, Database
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
 DRIVE = "drive"
+"""The job with which versions before the queue of runs had a run driven."""
 QUEUE = "runs"
+SILENT_S = 600
+"""A worker of the job engine without a heartbeat for this long is dead; it beats every ten seconds."""
+
+ENQUEUE: LiteralString = (
+    """
+    WITH queued AS (
+        INSERT INTO run_queue (run_id, project_id, environment_id, agent, priority, begun, since)
+        SELECT r.id, r.project_id,
+            CASE WHEN r.state ->> 'sandbox_environment_id' ~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
+                THEN (r.state ->> 'sandbox_environment_id')::uuid ELSE '00000000-0000-0000-0000-000000000000' END,
+            coalesce(nullif(r.state ->> 'agent', ''), r.state ->> 'runtime_adapter', ''),
+            CASE WHEN r.state ->> 'priority' ~ '^-?[0-9]{1,4}$' THEN (r.state ->> 'priority')::int ELSE 0 END,
+            r.status = 'in_progress',
+            -- A new run keeps its place whatever becomes of its first worker.
+            CASE WHEN r.status = 'in_progress' THEN clock_timestamp()
+                ELSE coalesce(r.started_at, clock_timestamp()) END
+        FROM runs r JOIN run_cursors c ON c.run_id = r.id WHERE r.id = %(run)s
+        FOR NO KEY UPDATE OF c  -- the cursor before the queue: who takes a run does so, too
+        ON CONFLICT (run_id) DO UPDATE SET environment_id = excluded.environment_id, agent = excluded.agent,
+            priority = excluded.priority, begun = excluded.begun,
+            since = CASE WHEN run_queue.begun AND excluded.begun THEN run_queue.since ELSE excluded.since END
+        RETURNING 1
+    )
+    SELECT pg_notify('taskyard', '"""
+    + hub.QUEUE
+    + """') FROM queued
+    """
+)
 
 
 async def enqueue_drive(connection: Connection, run_id: UUID) -> None:
-    """Enqueue the job that drives a run, inside the caller's transaction.
+    """This run wants a driver, from the commit of the caller's transaction on.
 
-    At most one job of a run is worked on at any time (`lock`).
+    It waits in the queue until a worker takes it (runs/queue.py). Once more does nothing; while a driver still
+    cleans up after it, the next one waits for that.
     """
-    await _engine.configure_task(
-        DRIVE, queue=QUEUE, lock=f"run:{run_id}", connection=connection, allow_unknown=True
-    ).defer_async(run_id=str(run_id))
+    await connection.execute(ENQUEUE, {"run": run_id})
 
 
 def engine(url: str | None = None) -> procrastinate.App:
@@ -75,33 +103,11 @@ class PatientConnector(procrastinate.PsycopgConnector):
             delay = min(delay * 2, 2.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    """A run that should be driven, or a job that should be finished, and nobody holds the lease."""
-
-    run_id: UUID
-    job_id: int | None
-    """The job that somebody took and does not work on; None when the run has no job at all."""
-
-
-async def abandoned(database: Database) -> list[Abandoned]:
-    """What a worker left that died, or lost its answer from the database. Also true for a moment of healthy runs."""
-    rows = await database.fetch(
-        """
-        SELECT r.id AS run_id, j.id AS job_id
-        FROM runs r JOIN run_cursors c ON c.run_id = r.id
-            LEFT JOIN procrastinate_jobs j ON j.lock = 'run:' || r.id::text AND j.status IN ('todo', 'doing')
-        WHERE r.started_at IS NOT NULL AND r.status IN ('queued', 'in_progress')
-            AND (c.leased_until IS NULL OR c.leased_until < clock_timestamp()) AND j.id IS NULL
-        UNION ALL
-        SELECT c.run_id, j.id
-        FROM procrastinate_jobs j JOIN run_cursors c ON c.run_id = (j.args ->> 'run_id')::uuid
-        WHERE j.task_name = %(drive)s AND j.status = 'doing'
-            AND (c.leased_until IS NULL OR c.leased_until < clock_timestamp())
-        """,
-        drive=DRIVE,
+async def forget_lost(database: Database) -> None:
+    """Remove the jobs whose worker died with them, and those that failed: the next of each comes by itself."""
+    await database.execute(
+        "DELETE FROM procrastinate_jobs j WHERE j.status IN ('failed', 'cancelled', 'aborted')"
+        " OR (j.status = 'doing' AND NOT EXISTS (SELECT FROM procrastinate_workers w WHERE w.id = j.worker_id"
+        " AND w.last_heartbeat > clock_timestamp() - make_interval(secs => %(silent)s)))",
+        silent=SILENT_S,
     )
-    return [Abandoned(row["run_id"], row["job_id"]) for row in rows]
-
-
-_engine = engine()

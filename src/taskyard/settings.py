@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import platformdirs
@@ -22,6 +22,10 @@ from pydantic_settings import (
 )
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+Pool = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+"""The name of a group of workers."""
 
 
 class Area(BaseModel):
@@ -41,6 +45,21 @@ class RunSettings(Area):
     """Limit for each step of the agent's start: spawn, handshake, session."""
     wall_clock_s: float = Field(6 * 3600, gt=0)
     """Hard limit for one run."""
+    suspend_after_s: float = Field(300, gt=0)
+    """A run that waits for a message or a permission for this long is suspended: its sandbox is freed, and made
+    again when it goes on."""
+    checkpoint_s: float = Field(60, gt=0)
+    """A turn is saved this often while it goes on; it is always saved at its end."""
+    max_attempts: int = Field(3, ge=0)
+    """A run whose worker or agent is lost is driven again, this many times in a row without progress."""
+    queue_timeout_s: float = Field(24 * 3600, gt=0)
+    """A run that no worker took for this long has failed (`queue_timeout`)."""
+    limit: int | None = Field(None, gt=0)
+    """Runs that are driven at once on the whole site; more wait. Limits have to be the same on every machine."""
+    limit_per_project: int | None = Field(None, gt=0)
+    """The same for each project."""
+    limit_per_agent: int | None = Field(None, gt=0)
+    """The same for each agent; `agents.NAME.limit` says otherwise for one."""
 
 
 class SandboxSettings(Area):
@@ -56,12 +75,56 @@ class SandboxSettings(Area):
     """Size of the sandbox's own temporary folder (memory)."""
 
 
+class NetworkSettings(Area):
+    """What sandboxes may reach besides the model APIs and their repository."""
+
+    default: Literal["full", "trusted", "none"] = "full"
+    """The level of runs without a sandbox environment (run-lifecycle §5.3: `full`)."""
+    internal_hosts: list[str] = []
+    """Hosts that are not on the public internet and that sandboxes may reach all the same, where their level allows
+    it: names, `*.names` or addresses, each with or without a port."""
+    max_bytes: int | None = Field(None, gt=0)
+    """Of one run's traffic in both directions."""
+
+
+class GitSettings(Area):
+    """Private repositories over https."""
+
+    tokens: dict[str, SecretStr] = {}
+    """By host, or host and the beginning of the path: `{"github.com/acme": "…"}`; the longest that fits counts.
+    Everybody who may make tasks here can use what such a token opens."""
+
+
+class BudgetSettings(Area):
+    """What a run may spend on models. US dollars, and tokens that are not read from a cache."""
+
+    cost: float | None = Field(None, gt=0)
+    """Of a run that asks for nothing else."""
+    tokens: int | None = Field(None, gt=0)
+    max_cost: float | None = Field(None, gt=0)
+    """Of any run, whatever it asks for."""
+    max_tokens: int | None = Field(None, gt=0)
+    project_month_cost: float | None = Field(None, gt=0)
+    """Of all runs of a project in a calendar month (UTC), as far as it is known when a run's agent starts."""
+    end: Literal["failed", "completed"] = "failed"
+    """How a run ends that has used up its budget."""
+
+
 class Upstream(Area):
     """One model API. The key stays on the host; the gateway adds it to each request."""
 
     base_url: str
     api_key: SecretStr | None = None
     api_key_file: Path | None = None
+    """Read for each request, so another program may renew it."""
+    auth: Literal["x-api-key", "bearer", "api-key", "none"] | None = None
+    """The header that takes the key; default: as the API's vendor has it. `none`: the upstream wants no key."""
+    version: str = "/v1"
+    """What the upstream has in place of `/v1`, for clouds' own paths; may be empty."""
+    headers: dict[str, SecretStr] = {}
+    """Set on each request."""
+    query: str = ""
+    """Added to each request, such as `api-version=2025-04-01`."""
 
     @field_validator("base_url")
     @classmethod
@@ -83,6 +146,11 @@ class ModelSettings(Area):
 
     anthropic: Upstream = Upstream(base_url="https://api.anthropic.com")
     openai: Upstream = Upstream(base_url="https://api.openai.com")
+    allowed: list[str] | None = None
+    """Models that runs may use, `*` for any characters; default: all. Agents also use small models of their own."""
+    prices: dict[str, dict[str, Any]] = {}
+    """US dollars for a million tokens, by model: `{"my-model": {"input": 3, "output": 15}}`, with `cache_read` and
+    `cache_write` if they differ from input. Adds to the built-in list and replaces its entries."""
 
 
 class AgentSettings(Area):
@@ -91,6 +159,8 @@ class AgentSettings(Area):
     command: list[str] | None = None
     env: dict[str, str] = {}
     model: str | None = None
+    limit: int | None = Field(None, gt=0)
+    """Runs of this agent at once on the whole site; default: `runs.limit_per_agent`."""
 
     @field_validator("command", mode="before")
     @classmethod
@@ -114,6 +184,13 @@ class RateLimitSettings(Area):
     enabled: bool = True
     per_minute: int = Field(480, gt=0)
     per_hour: int = Field(4800, gt=0)
+
+
+class SessionSettings(Area):
+    """People who sign in at a browser."""
+
+    idle_s: int = Field(7 * 24 * 3600, ge=300)
+    """A browser that asks for nothing for this long is signed out; 30 days after the sign-in it is in any case."""
 
 
 class OAuthClient(Area):
@@ -185,11 +262,24 @@ class ObjectSettings(Area):
     s3: S3Settings = S3Settings()
 
 
+class LogSettings(Area):
+    """What becomes of the records of runs."""
+
+    archive_after_s: float = Field(3600, gt=0)
+    """So long after its end, a run's record moves from the database into one compressed object."""
+    keep_days: int | None = Field(None, gt=0)
+    """Records of tasks on which nothing happened for so many days are removed; default: never."""
+
+
 class WorkerSettings(Area):
     concurrency: int = Field(8, gt=0)
     """Runs that one worker drives at once; more wait in the queue."""
     drain_s: float = Field(10, ge=0)
     """How long a stopping worker lets live runs finish."""
+    name: str | None = Field(None, min_length=1, max_length=100)
+    """As `taskyard admin workers` shows it; default: the host's name."""
+    pools: list[Pool] = Field(["default"], min_length=1)
+    """Takes only runs whose sandbox environment asks for one of these; `default` are those that ask for none."""
 
 
 class Settings(BaseSettings):
@@ -208,6 +298,9 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     base_url: str | None = None
     """Absolute URL under which clients reach the server; default: what the request says."""
+    cors_origins: list[str] = []
+    """Web pages of other origins that may call the API, with a key or token of their own: cookies do not count there.
+    `*` is every one."""
     secret_keys: list[SecretStr] = []
     """Encrypt stored secrets: 32 bytes in base64 each; the first encrypts, all decrypt. Default: a key file in the
     data folder. Several machines need this setting, and the same value."""
@@ -218,11 +311,16 @@ class Settings(BaseSettings):
     runs: RunSettings = RunSettings()
     sandbox: SandboxSettings = SandboxSettings()
     models: ModelSettings = ModelSettings()
+    network: NetworkSettings = NetworkSettings()
+    git: GitSettings = GitSettings()
+    budget: BudgetSettings = BudgetSettings()
     agents: dict[str, AgentSettings] = {}
     tasks: TaskSettings = TaskSettings()
     objects: ObjectSettings = ObjectSettings()
     rate_limits: RateLimitSettings = RateLimitSettings()
+    sessions: SessionSettings = SessionSettings()
     oauth: OAuthSettings = OAuthSettings()
+    logs: LogSettings = LogSettings()
     worker: WorkerSettings = WorkerSettings()
 
     @classmethod

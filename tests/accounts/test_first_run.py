@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 
-from taskyard.accounts.admin import link_path
+from taskyard.accounts.sign_in import link_path
 from tests.support.browser import PASSWORD
 from tests.support.site import DEADLINE_S, running_site, taskyard
 

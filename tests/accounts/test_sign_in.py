@@ -112,6 +112,25 @@ async def test_expired_session(yard: Yard) -> None:
         error(await browser.get("/api/users/@me/"), 401, "authentication_failed")
 
 
+async def test_an_idle_session_ends(yard: Yard) -> None:
+    """Pages and the API both count as use, noted once a minute; ended sessions of anybody go in time."""
+    async with open_browser(yard, "ada") as browser:
+        for path in ("/api/users/@me/", "/account"):
+            await yard.database.execute(
+                "UPDATE sessions SET last_used_at = now() - interval '6 days 23 hours'"
+            )
+            assert (await browser.get(path)).status_code == 200
+            row = await yard.database.fetch_one("SELECT now() - last_used_at AS idle FROM sessions")
+            assert row is not None
+            assert row["idle"] < timedelta(minutes=1)
+        await yard.database.execute("UPDATE sessions SET last_used_at = now() - interval '7 days 1 second'")
+        error(await browser.get("/api/users/@me/"), 401, "authentication_failed")
+        assert (await browser.get("/account")).status_code == 303
+        await yard.database.execute("UPDATE sessions SET expires_at = now() - interval '1 s'")
+        async with open_browser(yard, "bob"):
+            assert len(await yard.database.fetch("SELECT 1 FROM sessions")) == 1
+
+
 async def test_a_new_password_ends_sessions_and_links(yard: Yard) -> None:
     async with open_browser(yard, "ada") as browser:
         link = (await admin.password_link(yard.database, ADA))["path"]

@@ -148,29 +148,25 @@ async def test_inline_answers_the_whole_manifest(yard: Yard) -> None:
 
 async def test_no_upload_is_lost(yard: Yard) -> None:
     run = await of_run(yard)
-    prepared = await run.prepare(*(item(f"p{n}") for n in range(8)))
+    prepared = await run.prepare(*(item(f"p{n}") for n in range(50)))
     for entry in prepared:
         await send(run.run.api, entry)
-    before = await run.run.stream_text()
-    moments = []
-
-    async def note(answer: Any) -> None:
-        await answer
-        moments.append((await run.run.fetch())["updated_at"])
-
+    before, streamed = await run.run.fetch(), await run.run.stream_text()
     await asyncio.gather(
-        *(note(run.add(f"i{n}")) for n in range(8)),
-        *(note(run.finalize(entry)) for entry in prepared),
-        *(note(run.run.api.patch(run.run.path(), {"state": {f"k{n}": n}})) for n in range(4)),
+        *(run.add(f"i{n}") for n in range(10)),
+        *(run.finalize(entry) for entry in prepared),
+        *(run.run.patch(state={f"k{n}": n}) for n in range(10)),
     )
     final = await run.run.fetch()
-    assert len(final["artifacts"]) == 16
-    assert len({entry["id"] for entry in final["artifacts"]}) == 16
-    assert len([key for key in final["state"] if key.startswith("k")]) == 4
-    assert moments == sorted(moments)
-    # Uploads do not go to the stream (the four changes of the state do).
-    assert (await run.run.stream_text()).count("task_run_state") == before.count("task_run_state") + 4
-    assert "p1" not in await run.run.stream_text()
+    names = {entry["name"] for entry in final["artifacts"]}
+    assert names == {f"p{n}" for n in range(50)} | {f"i{n}" for n in range(10)}
+    assert len({entry["id"] for entry in final["artifacts"]}) == len(final["artifacts"]) == 60
+    assert len([key for key in final["state"] if key.startswith("k")]) == 10
+    assert final["updated_at"] > before["updated_at"]
+    # Uploads do not go to the stream (the changes of the state do).
+    after = await run.run.stream_text()
+    assert after.count("task_run_state") == streamed.count("task_run_state") + 10
+    assert "p1" not in after
 
 
 async def test_prepare_and_finalize(yard: Yard) -> None:

@@ -182,8 +182,8 @@ async def test_run_now(yard: Yard) -> None:
     assert (run["state"]["automation_id"], run["state"]["mode"]) == (made["id"], "background")
     assert (started["last_run_status"], started["last_run_at"]) == ("running", run["created_at"])
     assert (started["last_error"], started["enabled"]) == (None, False)
-    jobs = await yard.database.fetch("SELECT args FROM procrastinate_jobs")
-    assert [job["args"] for job in jobs] == [{"run_id": run["id"]}]
+    waiting = await yard.database.fetch("SELECT run_id::text FROM run_queue")
+    assert waiting == [{"run_id": run["id"]}]
     # Each call is a run of its own.
     again = ok(await api.post(path + "run/", {}))
     assert again["last_task_run_id"] != started["last_task_run_id"]

@@ -48,6 +48,19 @@ async def test_people_projects_and_keys(admin: Cli, database: Database) -> None:
     assert row["revoked_at"] is not None
 
 
+async def test_members_come_and_go(admin: Cli, database: Database) -> None:
+    admin("create-user", "ada@example.org")
+    project = str(json.loads(admin("create-project", "Yard", "--json"))["id"])
+    added = admin("add-member", "ada@example.org", project, "--role", "admin")
+    assert added == f"ada@example.org is in project {project} as admin\n"
+    assert "king" in admin("add-member", "ada@example.org", project, "--role", "king", code=1)
+    removed = admin("remove-member", "ada@example.org", project)
+    assert removed == f"ada@example.org is not in project {project} any more\n"
+    assert "is not a member of project" in admin("remove-member", "ada@example.org", project, code=1)
+    row = await database.fetch_one("SELECT current_project_id FROM users")
+    assert row == {"current_project_id": None}
+
+
 def test_sentences_for_people(admin: Cli) -> None:
     assert admin("create-user", "eve@example.org").startswith("user ")
     assert admin("create-project", "Yard two").strip().endswith(": Yard two")

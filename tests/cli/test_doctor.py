@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from taskyard.cli import doctor
+from taskyard.objects.s3 import S3Store
 from taskyard.sandbox.provider import Problem
-from taskyard.settings import Settings
+from taskyard.settings import ObjectSettings, S3Settings, Settings
+from tests.support import s3_keeper
 from tests.support.command import taskyard
+from tests.support.s3 import s3_settings
 
 
 def settings(folder: Path) -> Settings:
@@ -63,6 +67,43 @@ def test_agents_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["agent scripted"].ok
     assert (found["anthropic key"].ok, found["openai key"].ok) == (True, False)
     assert "sk-secret" not in str(found)
+
+
+async def bucket(folder: Path, s3: S3Settings) -> list[Problem]:
+    own = settings(folder).model_copy(update={"objects": ObjectSettings(s3=s3)})
+    return [problem async for problem in doctor._bucket(own)]
+
+
+async def test_a_bucket(tmp_path: Path, s3_url: str) -> None:
+    """What clients do with it, too; nothing stays behind."""
+    (good,) = await bucket(tmp_path, s3_settings(s3_url))
+    assert (good.ok, good.detail.startswith(f"bucket artifacts at {s3_url}: ")) == (True, True), good
+    client: Any = S3Store(s3_settings(s3_url))._client
+    assert "Contents" not in client.list_objects_v2(Bucket="artifacts", Prefix="tasks/artifacts/doctor/")
+    client.close()
+    assert await bucket(tmp_path, S3Settings()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "detail"),
+    [
+        ({"access_key_id": "nobody"}, "it cannot be written: "),
+        ({"secret_access_key": "wrong"}, "SignatureDoesNotMatch"),
+        ({"secret_access_key_file": "/no/such/file", "secret_access_key": None}, "it cannot be signed for: "),
+        ({"endpoint_url": "http://127.0.0.1:1"}, "it cannot be written: Could not connect"),
+        (
+            {"public_endpoint_url": "http://127.0.0.1:1"},
+            "clients cannot upload to http://127.0.0.1:1/artifacts: ",
+        ),
+    ],
+)
+async def test_a_bucket_that_does_not_work(
+    tmp_path: Path, s3_url: str, changes: dict[str, Any], detail: str
+) -> None:
+    (bad,) = await bucket(tmp_path, s3_settings(s3_url, **changes))
+    assert (bad.ok, bad.fatal) == (False, True)
+    assert detail in bad.detail
+    assert s3_keeper.SECRET_KEY not in str(bad)
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from tests.support.rows import make_run
 
 async def test_a_command_without_an_answer_comes_again(database: Database) -> None:
     run_id = await make_run(database)
-    lease = await runs.claim(database, run_id, "test")
-    assert lease is not None
+    claimed = await runs.claim(database, run_id, "test")
+    assert claimed is not None
+    lease = claimed.lease
     await database.execute(
         "INSERT INTO commands (run_id, seq, method, params) VALUES (%(run)s, 1, 'user_message', '{}'),"
         " (%(run)s, 2, 'user_message', '{}')",

@@ -172,6 +172,43 @@ async def test_killed_server_recovers(data_dir: Path) -> None:
     await again.stop()
 
 
+async def test_a_kept_server_comes_back(data_dir: Path) -> None:
+    server = EmbeddedPostgres(data_dir)
+    url = await server.start()
+    keeper = asyncio.create_task(server.keep())
+    for word in ("one", "two"):  # it is kept on
+        await asyncio.to_thread(write, url, word)
+        before = postmaster(data_dir)
+        os.kill(before, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while running_url(data_dir) is None or postmaster(data_dir) == before:
+            assert time.monotonic() < deadline, "the killed server does not come back"
+            await asyncio.sleep(0.02)
+    assert query(url, "SELECT count(*) FROM words") == "2"
+    keeper.cancel()
+    await asyncio.wait({keeper})
+    await server.stop()
+    assert server_processes(data_dir) == []
+
+
+async def test_the_end_of_keeping_while_the_server_starts(data_dir: Path) -> None:
+    server = EmbeddedPostgres(data_dir)
+    await server.start()
+    keeper = asyncio.create_task(server.keep())
+    os.kill(postmaster(data_dir), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while (
+        b"starting PostgreSQL"
+        not in (data_dir / "postgres/log").read_bytes().split(b"unexpected postmaster exit")[-1]
+    ):
+        assert time.monotonic() < deadline, "the killed server is not started"
+        await asyncio.sleep(0.01)
+    keeper.cancel()
+    await asyncio.wait({keeper})
+    await server.stop()
+    assert server_processes(data_dir) == []
+
+
 async def test_pid_of_a_dead_server_in_use_by_another_process(data_dir: Path) -> None:
     server = EmbeddedPostgres(data_dir)
     await server.start()

@@ -398,9 +398,9 @@ async def test_planted_configuration_never_runs_on_the_host(tmp_path: Path, sand
     )
     await commit_leftovers(sandbox, workspace, "TY-7", "Work")
     await _act(sandbox, workspace, "test -e /tmp/workspace/ran")  # it is armed
-    path = await bundle(sandbox, workspace, folder=tmp_path)
-    assert path is not None
-    published = await publish(mirror, path, workspace.base_commit, BRANCH, run_id="r", base_branch="main")
+    async with bundle(sandbox, workspace, folder=tmp_path) as path:
+        assert path is not None
+        published = await publish(mirror, path, workspace.base_commit, BRANCH, run_id="r", base_branch="main")
     text = await diff(mirror, published.diff_base, published.commit)
     await mirror.ensure()
     assert not marker.exists()
@@ -421,7 +421,8 @@ async def test_git_folder_replaced_by_a_link(tmp_path: Path, sandbox: Sandbox) -
     with pytest.raises(PublishError, match="gone or damaged"):
         await commit_leftovers(sandbox, workspace, "TY-7", "Work")
     with pytest.raises(PublishError):
-        await bundle(sandbox, workspace, folder=tmp_path)
+        async with bundle(sandbox, workspace, folder=tmp_path):
+            pass
     assert sorted(target.rglob("*")) == listing
     assert list(heads(origin)) == ["main"]
     # A new clone in the same sandbox replaces the link, and does not follow it.

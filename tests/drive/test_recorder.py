@@ -19,9 +19,9 @@ from tests.support.rows import make_run
 
 
 async def leased(database: Database) -> Lease:
-    lease = await runs.claim(database, await make_run(database), "test")
-    assert lease is not None
-    return lease
+    claimed = await runs.claim(database, await make_run(database), "test")
+    assert claimed is not None
+    return claimed.lease
 
 
 async def stored(database: Database, lease: Lease) -> list[int]:

@@ -56,7 +56,9 @@ class Desk:
         return done.committed, done.note
 
     async def bundle(self, max_bytes: int = 10_000_000) -> Path | None:
-        return await bundle(self.sandbox, self.workspace, max_bytes, folder=self.folder)
+        """A copy of the bundle; None when there is nothing to bring out."""
+        async with bundle(self.sandbox, self.workspace, max_bytes, folder=self.folder) as path:
+            return None if path is None else path.rename(path.with_suffix(".kept"))
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from taskyard import worker
+from taskyard import dispatch, worker
 from taskyard.db.engine import Database
 from taskyard.errors import SetupError
+from taskyard.jobs import engine
 from taskyard.runs import store as runs
 from taskyard.serve import _serve
 from taskyard.settings import Settings
@@ -70,7 +71,7 @@ async def test_a_lease_survives_a_failed_renewal(
     assert await database.fetch("SELECT 1 FROM run_cursors WHERE leased_until IS NOT NULL") == []
 
 
-async def test_a_job_that_failed_before_its_run_began(live: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_driver_that_failed_before_its_run_began(live: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     claim, claims = runs.claim, 0
 
     async def once_failing(*arguments: Any) -> Any:
@@ -81,7 +82,6 @@ async def test_a_job_that_failed_before_its_run_began(live: Yard, monkeypatch: p
         return await claim(*arguments)
 
     monkeypatch.setattr(runs, "claim", once_failing)
-    monkeypatch.setattr(worker, "SWEEP_S", 0.5)
     await run_to_end(await live.api().start("SAY x", **SCRIPTED))
 
 
@@ -90,64 +90,78 @@ class TestAbandoned:
 
     @pytest.fixture(autouse=True)
     def often(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(worker, "SWEEP_S", 0.5)
+        monkeypatch.setattr(dispatch, "SWEEP_S", 0.5)
 
-    @pytest.mark.parametrize("job", ["none", "taken", "failed"])
+    @pytest.mark.parametrize("left", ["nothing", "taken", "claimed"])
     async def test_before_it_began_it_is_driven(
-        self, yard: Yard, settings: Settings, database: Database, job: str
+        self, yard: Yard, settings: Settings, database: Database, left: str
     ) -> None:
         run = await yard.api().start("SAY x", **SCRIPTED)
-        await leave(database, run, job)
-        # The worker had the lease, and died with it; nothing was done yet.
-        await database.execute("UPDATE run_cursors SET generation = generation + 1")
+        await leave(database, run, left)
         async with worker.running_worker(settings, database):
             await run_to_end(run)
 
-    @pytest.mark.parametrize("job", ["none", "taken", "failed"])
-    async def test_in_the_middle_it_fails_with_a_word(
-        self, yard: Yard, settings: Settings, database: Database, job: str
+    @pytest.mark.parametrize("left", ["nothing", "claimed"])
+    async def test_in_the_middle_it_goes_on(
+        self, yard: Yard, settings: Settings, database: Database, left: str
     ) -> None:
         run = await yard.api().start("SAY x", **SCRIPTED)
-        await leave(database, run, job)
+        await leave(database, run, left)
         await database.execute("UPDATE runs SET status = 'in_progress'")
-        await database.execute(
-            "UPDATE run_cursors SET generation = generation + 1, leased_until = clock_timestamp() + interval '1 s'"
-        )
         async with worker.running_worker(settings, database):
-            body = await run.status("failed", "completed")
-            assert body["state"]["error_type"] == "worker_lost"
+            await run_to_end(run)
             await run.stream()
 
-    async def test_a_job_of_a_run_that_has_ended_goes(
+    async def test_who_waits_for_a_run_that_has_ended_gets_an_answer(
         self, yard: Yard, settings: Settings, database: Database
     ) -> None:
         run = await yard.api().start("SAY x", **SCRIPTED)
-        await leave(database, run, "taken")
+        await run.command("user_message", content="hello")
+        await leave(database, run, "claimed")
         await run.cancel()
         async with worker.running_worker(settings, database):
+            await eventually(
+                lambda: database.fetch("SELECT error FROM commands WHERE answered_at IS NOT NULL"),
+                lambda answers: answers == [{"error": "the run has ended"}],
+                lambda answers: f"answer, but {answers}",
+            )
+        assert (await run.fetch())["status"] == "cancelled"
+        assert await database.fetch("SELECT 1 FROM run_queue") == []
+
+    async def test_a_job_of_a_version_without_the_queue(
+        self, yard: Yard, settings: Settings, database: Database
+    ) -> None:
+        run = await yard.api().start("SAY x", **SCRIPTED)
+        await leave(database, run, "nothing")
+        async with engine(database.url).open_async() as app:
+            task = app.configure_task("drive", queue="runs", lock=f"run:{run.id}", allow_unknown=True)
+            await task.defer_async(run_id=run.id)
+        async with worker.running_worker(settings, database):
+            await run_to_end(run)
             await eventually(
                 lambda: database.fetch("SELECT status FROM procrastinate_jobs"),
                 lambda jobs: jobs == [],
                 lambda jobs: f"end of {jobs}",
             )
-        assert (await run.fetch())["status"] == "cancelled"
 
 
-async def leave(database: Database, run: Run, job: str) -> None:
-    """What is left of a run's job: nothing, one that nobody works on, a failed one."""
-    if job == "none":
-        await database.execute("DELETE FROM procrastinate_jobs")
-    else:
-        status = {"taken": "doing", "failed": "failed"}[job]
+async def leave(database: Database, run: Run, left: str) -> None:
+    """What is left of a run that a dead worker took: neither a place in the queue nor a holder, its hold, its lease."""
+    await database.execute("DELETE FROM run_queue")
+    held = {"nothing": "", "taken": "reserved_by", "claimed": "worker"}[left]
+    if held:
         await database.execute(
-            "UPDATE procrastinate_jobs SET status = %(status)s::procrastinate_job_status", status=status
+            "UPDATE run_cursors SET reserved_by = CASE WHEN %(held)s = 'reserved_by' THEN 'dead' END,"
+            " worker = CASE WHEN %(held)s = 'worker' THEN 'dead' END,"
+            " generation = generation + (%(held)s = 'worker')::int,"
+            " leased_until = clock_timestamp() + interval '1 s' WHERE run_id = %(run)s",
+            held=held,
+            run=run.id,
         )
 
 
-async def test_a_run_that_ends_its_worker_with_the_engine(
-    live: Yard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The job engine's worker ends by itself: it is started again."""
+async def test_the_job_engine_is_started_again(live: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker ends by itself, and nothing else does."""
     from procrastinate.manager import JobManager
 
     fetch, fetches = JobManager.fetch_job, 0
@@ -163,7 +177,11 @@ async def test_a_run_that_ends_its_worker_with_the_engine(
 
     monkeypatch.setattr(JobManager, "fetch_job", once_failing)
     await run_to_end(await live.api().start("SAY x", **SCRIPTED))
-    assert fetches > 1
+
+    async def fetched() -> int:
+        return fetches
+
+    await eventually(fetched, lambda count: count > 1, lambda count: f"more than {count} looks for jobs")
 
 
 async def test_a_server_without_an_address_begins_no_run(yard: Yard, settings: Settings) -> None:

@@ -15,7 +15,7 @@ from tests.support.yard import Api, Yard, error, ok, open_yard
 
 KEYS = [
     "id", "name", "network_access_level", "allowed_domains", "include_default_domains", "repositories",
-    "has_environment_variables", "private", "internal", "effective_domains", "created_by", "created_at",
+    "has_environment_variables", "private", "worker_pool", "internal", "effective_domains", "created_by", "created_at",
     "updated_at",
 ]  # fmt: skip
 

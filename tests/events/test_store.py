@@ -11,6 +11,7 @@ import pytest
 from taskyard.db.engine import Database
 from taskyard.events import entries, log, store
 from taskyard.events.entries import Entry, Shown
+from taskyard.events.record import Record
 from taskyard.runs import store as runs
 from tests.support.rows import make_run
 
@@ -78,15 +79,17 @@ async def test_text_is_stored_as_it_is(database: Database) -> None:
 
 async def test_a_lost_lease_writes_nothing(database: Database) -> None:
     run_id = await make_run(database)
-    first = await runs.claim(database, run_id, "one")
-    assert first is not None
+    claimed = await runs.claim(database, run_id, "one")
+    assert claimed is not None
+    first = claimed.lease
     assert await runs.claim(database, run_id, "two") is None
     await append(database, run_id, entry("mine"), generation=first.generation)
     await database.execute(
         "UPDATE run_cursors SET leased_until = now() - interval '1 s' WHERE run_id = %(run)s", run=run_id
     )
-    second = await runs.claim(database, run_id, "two")
-    assert second is not None
+    claimed = await runs.claim(database, run_id, "two")
+    assert claimed is not None
+    second = claimed.lease
     assert second.generation == first.generation + 1
     with pytest.raises(store.LeaseLostError):
         await append(database, run_id, entry("too late"), generation=first.generation)
@@ -95,14 +98,14 @@ async def test_a_lost_lease_writes_nothing(database: Database) -> None:
     assert len(await store.read(database, run_id, Shown.BOTH, after=0, limit=10)) == 1
 
 
-async def test_log_lines_are_joined_without_a_newline_at_the_end(database: Database) -> None:
+async def test_log_lines_are_joined_without_a_newline_at_the_end(database: Database, record: Record) -> None:
     one, two = await make_run(database), await make_run(database)
     await append(database, one, *(entry(f"{n}") for n in range(2500)))
     await append(database, two, entry("last"))
-    text = b"".join([part async for part in log.lines(database, [one, two])]).decode()
+    text = b"".join([part async for part in log.lines(record, [one, two])]).decode()
     assert [json.loads(line) for line in text.split("\n")] == [*map(str, range(2500)), "last"]
 
 
-async def test_log_of_nothing_is_empty(database: Database) -> None:
+async def test_log_of_nothing_is_empty(database: Database, record: Record) -> None:
     run_id = await make_run(database)
-    assert [part async for part in log.lines(database, [run_id])] == []
+    assert [part async for part in log.lines(record, [run_id])] == []

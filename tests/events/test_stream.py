@@ -10,18 +10,10 @@ from uuid import UUID
 import pytest
 
 from taskyard.db.engine import Database
-from taskyard.db.hub import Hub
 from taskyard.events import store, stream
 from taskyard.events.entries import Entry, Shown
+from taskyard.events.tail import Tails
 from tests.support.rows import make_run
-
-
-@pytest.fixture
-async def hub(database: Database) -> AsyncIterator[Hub]:
-    hub = Hub(database.url)
-    await hub.start()
-    yield hub
-    await hub.stop()
 
 
 async def append(database: Database, run_id: UUID, *texts: str) -> None:
@@ -39,17 +31,17 @@ async def next_frame(frames: AsyncIterator[bytes]) -> str:
         return (await anext(frames)).decode()
 
 
-async def test_frames_are_exact(database: Database, hub: Hub) -> None:
+async def test_frames_are_exact(database: Database, tails: Tails) -> None:
     run_id = await make_run(database)
     await append(database, run_id, "ä")
     [stored] = await store.read(database, run_id, Shown.STREAM, after=0, limit=1)
-    frame = await next_frame(stream.frames(database, hub, run_id, after=0))
+    frame = await next_frame(stream.frames(tails, run_id, after=0))
     assert frame == f'id: {stored.at_ms}-1\ndata: "\\u00e4"\n\n'
 
 
-async def test_live_and_end(database: Database, hub: Hub) -> None:
+async def test_live_and_end(database: Database, tails: Tails) -> None:
     run_id = await make_run(database)
-    frames = stream.frames(database, hub, run_id, after=0)
+    frames = stream.frames(tails, run_id, after=0)
     waiting = asyncio.ensure_future(next_frame(frames))
     await append(database, run_id, "one")
     assert '"one"' in await waiting
@@ -60,43 +52,41 @@ async def test_live_and_end(database: Database, hub: Hub) -> None:
         await next_frame(frames)
 
 
-async def test_resume_skips_and_repeats_nothing(database: Database, hub: Hub) -> None:
+async def test_resume_skips_and_repeats_nothing(database: Database, tails: Tails) -> None:
     run_id = await make_run(database)
     await append(database, run_id, *(str(n) for n in range(1200)))
     await end(database, run_id)
-    whole = "".join([f.decode() async for f in stream.frames(database, hub, run_id, after=0)]).split("\n\n")[
-        :-1
-    ]
+    whole = "".join([f.decode() async for f in stream.frames(tails, run_id, after=0)]).split("\n\n")[:-1]
     assert len(whole) == 1200
     after = stream.position(whole[699].split("\n")[0].removeprefix("id: "))
     assert after is not None
-    rest = "".join([f.decode() async for f in stream.frames(database, hub, run_id, after=after)]).split(
-        "\n\n"
-    )[:-1]
+    rest = "".join([f.decode() async for f in stream.frames(tails, run_id, after=after)]).split("\n\n")[:-1]
     assert rest == whole[700:]
 
 
-async def test_silence_is_broken_by_keepalives_without_id(database: Database, hub: Hub) -> None:
+async def test_silence_is_broken_by_keepalives_without_id(database: Database, tails: Tails) -> None:
     run_id = await make_run(database)
-    frames = stream.frames(database, hub, run_id, after=0, keepalive_s=0.05)
+    frames = stream.frames(tails, run_id, after=0, keepalive_s=0.05)
     assert await next_frame(frames) == 'event: keepalive\ndata: {"type":"keepalive"}\n\n'
 
 
-async def test_an_ended_run_stays_open_while_a_worker_cleans_up(database: Database, hub: Hub) -> None:
+async def test_an_ended_run_stays_open_while_a_worker_cleans_up(database: Database, tails: Tails) -> None:
     run_id = await make_run(database)
     await database.execute(
         "UPDATE run_cursors SET leased_until = now() + interval '1 hour' WHERE run_id = %(run)s", run=run_id
     )
     await end(database, run_id)
-    frames = stream.frames(database, hub, run_id, after=0, keepalive_s=0.05)
+    frames = stream.frames(tails, run_id, after=0, keepalive_s=0.05)
     assert "keepalive" in await next_frame(frames)
     await append(database, run_id, "cleaned")
     assert "cleaned" in await next_frame(frames)
 
 
-async def test_readers_survive_the_loss_of_the_notification_connection(database: Database, hub: Hub) -> None:
+async def test_readers_survive_the_loss_of_the_notification_connection(
+    database: Database, tails: Tails
+) -> None:
     run_id = await make_run(database)
-    frames = stream.frames(database, hub, run_id, after=0)
+    frames = stream.frames(tails, run_id, after=0)
     waiting = asyncio.ensure_future(next_frame(frames))
     await asyncio.sleep(0)
     killed = await database.fetch(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import stat
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,3 +137,31 @@ async def test_no_descriptor_is_left_open(script: Path) -> None:
     for _ in range(3):
         await fail()
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+SERVER = """
+import asyncio, sys
+from taskyard.forge.command import git
+
+asyncio.run(git("version", wrapper=[sys.argv[1]]))
+"""
+
+
+async def test_git_ends_with_its_server(script: Path, tmp_path: Path) -> None:
+    """The lock of a mirror is free as soon as the server that held it is dead: nobody may work there any more."""
+    note = tmp_path / "note"
+    script.write_text(
+        f"#!/bin/sh\ntrap 'echo ended > {note}; exit' TERM\necho begun > {note}\nwhile :; do sleep 0.05; done\n"
+    )
+    server = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, str(script))
+    await noted(note, "begun")
+    server.kill()
+    await server.wait()
+    await noted(note, "ended")
+
+
+async def noted(note: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while not note.exists() or note.read_text() != f"{text}\n":
+        assert time.monotonic() < deadline, f"not {text} after a minute"
+        await asyncio.sleep(0.02)

@@ -87,12 +87,8 @@ async def test_a_call_that_is_broken_off_counts_what_it_told() -> None:
                         break
         await eventually(lambda: bool(door.calls), "the call was not reported")
     [call] = door.calls
-    assert (call.complete, call.metered, call.input_tokens, call.output_tokens) == (
-        False,
-        True,
-        INPUT_TOKENS,
-        1,
-    )
+    assert (call.complete, call.metered, call.input_tokens) == (False, True, INPUT_TOKENS)
+    assert 1 <= call.output_tokens < 20, "one for each piece that passed"
     assert not endpoint.requests[0].answered
 
 

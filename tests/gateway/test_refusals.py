@@ -8,7 +8,8 @@ import json
 import pytest
 from structlog.testing import capture_logs
 
-from taskyard.gateway.connection import MAX_BODY, MAX_HEAD
+from taskyard.gateway.calls import MAX_BODY
+from taskyard.gateway.connection import MAX_HEAD
 from taskyard.gateway.policy import Refusal
 from taskyard.gateway.server import MAX_CONNECTIONS
 from tests.support.door import KEY, Door, Exchange, open_door, open_upstream
@@ -132,7 +133,7 @@ async def test_a_body_that_says_it_is_too_large() -> None:
 
 
 async def test_a_body_that_turns_out_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taskyard.gateway.connection.MAX_BODY", 100_000)
+    monkeypatch.setattr("taskyard.gateway.calls.CallExchange.max_body", 100_000)
 
     async def handler(exchange: Exchange) -> None:
         raise AssertionError("the body must not arrive whole")

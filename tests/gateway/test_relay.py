@@ -270,7 +270,7 @@ async def test_an_upstream_that_breaks_off_breaks_the_answer_off() -> None:
                 with pytest.raises(httpx.TransportError):
                     await answer.aread()
     assert not door.calls[0].complete
-    assert logs[0]["event"] == "model_api_failed"
+    assert logs[0]["event"] == "gateway_upstream_failed"
 
 
 @pytest.mark.parametrize("provider", ["anthropic", "openai"])
@@ -297,7 +297,7 @@ async def test_an_upstream_that_fails_gives_502(provider: str, fault: str) -> No
         assert answer.json().get("type") == ("error" if provider == "anthropic" else None)
     assert [call.status for call in door.calls] == [502, 502]
     assert [(entry["event"], entry["run_id"], entry["upstream"]) for entry in logs] == [
-        ("model_api_failed", "run-1", url)
+        ("gateway_upstream_failed", "run-1", url)
     ] * 2
     assert KEY not in str(logs) + str([a.text for a in answers])
 

@@ -242,7 +242,7 @@ async def test_url_of_nothing(site: Site) -> None:
 # --- the server itself -------------------------------------------------------------------------------
 
 
-async def test_put_head_open(site: Site) -> None:
+async def test_put_head_open(site: Site, tmp_path: Path) -> None:
     key = await stored(site, b"abc" * 200_000, "text/x-thing")
     found = await site.store.head(key)
     assert found is not None
@@ -252,6 +252,12 @@ async def test_put_head_open(site: Site) -> None:
     assert content.size == 600_000
     assert len(await anext(content.chunks)) < 600_000
     await content.chunks.aclose()
+    file = tmp_path / "file"
+    file.write_bytes(b"xyz" * 200_000)
+    await site.store.put_file(key, file, "text/y")
+    again = await site.store.open(key)
+    assert again is not None
+    assert b"".join([chunk async for chunk in again.chunks]) == b"xyz" * 200_000
     await site.store.put(key, b"", "text/plain")
     assert await site.read(key) == b""
 
@@ -269,3 +275,14 @@ async def test_delete(site: Site) -> None:
     assert await site.store.head(gone) is None
     assert await site.store.head(kept) is not None
     await site.store.delete([gone])
+
+
+async def test_an_object_is_read_from_a_byte_on(site: Site) -> None:
+    key, data = new_key(), bytes(range(256)) * 4096
+    await site.store.put(key, data, "text/plain")
+    for start in (0, 1, 300_000, len(data) - 1):
+        content = await site.store.open(key, start=start)
+        assert content is not None
+        assert content.size == len(data) - start
+        assert b"".join([chunk async for chunk in content.chunks]) == data[start:]
+    assert await site.store.open(new_key(), start=1) is None

@@ -107,6 +107,12 @@ EXPLAINED: dict[str, list[str]] = {
         "TaskRunBootstrapCreateRequest.agent: added",
         "TaskRunResumeRequestSchema.agent: added",
     ],
+    "An addition of ours: which runs of a project come first.": [
+        "ClaudeTaskRunCreateSchema.priority: added",
+        "CodexTaskRunCreateSchema.priority: added",
+        "TaskRunBootstrapCreateRequest.priority: added",
+        "TaskRunResumeRequestSchema.priority: added",
+    ],
     "Staged files can be given to a run that resumes, too.": [
         "TaskRunResumeRequestSchema.pending_user_artifact_ids: added",
     ],

@@ -102,6 +102,8 @@ async def tasks(api: Api) -> None:
     ok(await api.request("PUT", one, json={"archived": True}))
     ok(await api.get("tasks/repositories/"))
     ok(await api.post("tasks/summaries/", {"ids": [task["id"]]}))
+    assert (await api.post(one + "presence/", {"device_id": "phone"})).status_code == 204
+    assert (await api.request("DELETE", one + "presence/")).status_code == 204
     assert (await api.request("DELETE", one)).status_code == 204
 
 
@@ -188,6 +190,15 @@ async def people(yard: Yard, checker: Checker) -> None:
     for path in ("projects/", f"projects/{yard.project}/", "organizations/", "personal_api_keys/@current/"):
         ok(await api.get(f"/api/{path}"))
     ok(await api.get(f"/api/organizations/{me['organization']['id']}/"))
+    ok(await api.get("/api/organizations/@current/members/"))
+    ok(await api.patch("/api/users/@me/", {"first_name": "Ada"}))
+    member = ok(await api.post("members/", {"email": "new@example.org"}), 201)
+    ok(await api.get("members/"))
+    ok(await api.get(f"members/{member['id']}/"))
+    ok(await api.patch(f"members/{member['id']}/", {"role": "admin"}))
+    assert (await api.request("DELETE", f"members/{member['id']}/")).status_code == 400  # the only admin
+    ok(await api.patch("members/@me/", {"role": "admin"}))
+    assert (await api.request("DELETE", f"members/{member['id']}/")).status_code == 204
     ok(await api.get("/api/code/invites/check-access/"))
     ok(await api.post("/api/code/invites/redeem/", {"code": "WELCOME"}))
     ok(await api.get("/api/environments/@current/integrations/"))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from taskyard.idempotency import CREATING
-from taskyard.openapi.document import OPERATIONS, REFUSALS, TAGS, creates, document, refusals
+from taskyard.idempotency import KEYED
+from taskyard.openapi.document import OPERATIONS, REFUSALS, TAGS, document, keyed, refusals
 from taskyard.openapi.operation import Operation
 from taskyard.openapi.requests import BY_HAND
 from taskyard.schemas import parse
@@ -106,11 +106,11 @@ def test_a_partial_update_has_no_defaults() -> None:
             assert not any("default" in field for field in schema["properties"].values()), name
 
 
-def test_every_creating_post_takes_an_idempotency_key() -> None:
-    creating = [operation for operation in OPERATIONS if creates(operation)]
+def test_idempotency_keys_are_described() -> None:
+    with_key = [operation for operation in OPERATIONS if keyed(operation)]
 
-    assert len(creating) == len(CREATING)
-    assert all({400, 422} <= refusals(operation) for operation in creating)
+    assert len(with_key) == len(KEYED)
+    assert all({400, 422} <= refusals(operation) for operation in with_key)
 
 
 def test_answers_are_closed_for_tests_only() -> None:

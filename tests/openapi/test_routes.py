@@ -51,7 +51,7 @@ def served(settings: Settings, database: Database) -> Iterator[tuple[str, str | 
                         "task:read" if method in READ_METHODS else "task:write"
                     )
                 elif authenticate in guards:
-                    access = "user"
+                    access = handler.opt.get("scope") or "user"
                 elif signed_in in guards:
                     access = "session"
                 yield key(method, route.path), access

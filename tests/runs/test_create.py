@@ -28,7 +28,7 @@ async def refused(api: Api, task: Json, body: Json, rest: str = "run/") -> Json:
 
 async def jobs(yard: Yard, run_id: str) -> int:
     row = await yard.database.fetch_one(
-        "SELECT count(*) AS n FROM procrastinate_jobs WHERE lock = 'run:' || %(run)s", run=run_id
+        "SELECT count(*) AS n FROM run_queue WHERE run_id = %(run)s", run=run_id
     )
     assert row is not None
     return int(row["n"])

@@ -13,7 +13,7 @@ from tests.support.yard import Run, Yard, error, ok
 
 async def jobs(yard: Yard, run: Run) -> int:
     row = await yard.database.fetch_one(
-        "SELECT count(*) AS n FROM procrastinate_jobs WHERE lock = 'run:' || %(run)s AND status = 'todo'",
+        "SELECT count(*) AS n FROM run_queue WHERE run_id = %(run)s",
         run=run.id,
     )
     assert row is not None
@@ -124,8 +124,9 @@ async def test_a_cloud_run_can_be_resumed_once_it_has_ended(yard: Yard) -> None:
 async def test_a_worker_that_still_has_the_run_loses_it(yard: Yard) -> None:
     run = await yard.api().start()
     database, run_id = yard.database, UUID(run.id)
-    old = await store.claim(database, run_id, "old")
-    assert old is not None
+    claimed = await store.claim(database, run_id, "old")
+    assert claimed is not None
+    old = claimed.lease
     assert old.attempt == 1
     seen = await store.watch(database, old)
     assert (seen.held, seen.wanted) == (True, True)
@@ -138,8 +139,9 @@ async def test_a_worker_that_still_has_the_run_loses_it(yard: Yard) -> None:
     # The next one waits until the old one has cleaned up, and is the first of the new start.
     assert await store.claim(database, run_id, "new") is None
     await store.release(database, old)
-    new = await store.claim(database, run_id, "new")
-    assert new is not None
+    claimed = await store.claim(database, run_id, "new")
+    assert claimed is not None
+    new = claimed.lease
     assert (new.attempt, new.generation > old.generation) == (1, True)
     await store.release(database, old)
     assert (await store.watch(database, new)).held
@@ -148,8 +150,9 @@ async def test_a_worker_that_still_has_the_run_loses_it(yard: Yard) -> None:
 
 async def test_going_local_ends_the_driving_and_nothing_else(yard: Yard) -> None:
     run = await yard.api().start()
-    lease = await store.claim(yard.database, UUID(run.id), "worker")
-    assert lease is not None
+    claimed = await store.claim(yard.database, UUID(run.id), "worker")
+    assert claimed is not None
+    lease = claimed.lease
     body = await run.patch(environment="local")
     assert (body["environment"], body["status"], body["completed_at"]) == ("local", "queued", None)
     assert not (await store.watch(yard.database, lease)).wanted

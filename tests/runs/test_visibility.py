@@ -20,11 +20,19 @@ async def test_of_others(yard: Yard) -> None:
     run = await yard.api().create_run(environment="cloud")
     bob = yard.api("bob")
     command = {"jsonrpc": "2.0", "method": "cancel"}
+    inline = {"artifacts": [{"name": "n", "type": "plan", "content": "x"}]}
+    entry = ok(await run.api.post(run.path("artifacts/"), inline))["artifacts"][0]
+    path = {"storage_path": entry["storage_path"]}
+    upload = {**path, "id": entry["id"], "name": "n", "type": "plan"}
     for method, rest, body in (
         ("GET", "", None), ("PATCH", "", {}), ("PATCH", "set_output/", {"output": 1}), ("POST", "start/", {}),
         ("POST", "resume_in_cloud/", None), ("POST", "append_log/", {"entries": [{}]}), ("GET", "logs/", None),
         ("GET", "session_logs/", None), ("GET", "stream/", None), ("GET", "connection_token/", None),
         ("POST", "relay_message/", {"text": "x"}), ("POST", "command/", command),
+        ("POST", "artifacts/", {"artifacts": [{"name": "n", "type": "plan", "content": ""}]}),
+        ("POST", "artifacts/prepare_upload/", {"artifacts": [{"name": "n", "type": "plan", "size": 1}]}),
+        ("POST", "artifacts/finalize_upload/", {"artifacts": [upload]}),
+        ("POST", "artifacts/presign/", path), ("POST", "artifacts/download/", path),
     ):  # fmt: skip
         error(await bob.request(method, run.path(rest), json=body), 404, "not_found")
     for rest in ("runs/", "run/"):
@@ -40,3 +48,7 @@ async def test_of_team_wide_tasks(yard: Yard) -> None:
     bob = yard.api("bob")
     assert ok(await bob.get(run.path()))["id"] == run.id
     assert ok(await bob.patch(run.path(), {"stage": "s"}))["stage"] == "s"
+    inline = {"artifacts": [{"name": "n", "type": "plan", "content": "x"}]}
+    entry = ok(await bob.post(run.path("artifacts/"), inline))["artifacts"][0]
+    response = await bob.post(run.path("artifacts/download/"), {"storage_path": entry["storage_path"]})
+    assert response.content == b"x"

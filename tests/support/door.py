@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import h11
 import httpx
@@ -62,15 +63,17 @@ async def open_door(
     base_url: str = "http://127.0.0.1:9",
     key: str | None = KEY,
     routes: Mapping[str, ModelRoute] | None = None,
+    on_budget: Callable[[str], None] | None = None,
+    **rules: Any,
 ) -> AsyncIterator[Door]:
-    """A gateway that sends both APIs to `base_url`, or to the `routes`."""
+    """A gateway that sends both APIs to `base_url`, or to the `routes`. `rules`: further fields of the policy."""
     route = ModelRoute(base_url, key)
-    policy = Policy("run-1", {"anthropic": route, "openai": route} if routes is None else routes)
+    policy = Policy("run-1", {"anthropic": route, "openai": route} if routes is None else routes, **rules)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     refusals: list[Refusal] = []
     calls: list[ModelCall] = []
-    gateway = Gateway(policy, on_refusal=refusals.append, on_usage=calls.append)
+    gateway = Gateway(policy, on_refusal=refusals.append, on_usage=calls.append, on_budget=on_budget)
     try:
         await gateway.serve(listener)
         yield Door(gateway, port, refusals, calls)

@@ -67,7 +67,8 @@ class PlainSandbox:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("workspace", "home"):
+        self.scratch = root / "scratch"
+        for name in ("workspace", "home", "scratch"):
             (root / name).mkdir(parents=True)
 
     def outside(self, path: str, mounts: Sequence[Mount] = ()) -> str:

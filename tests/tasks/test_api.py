@@ -158,3 +158,14 @@ async def test_paths(yard: Yard) -> None:
     error(await api.get("/api/nowhere"), 404, "not_found")
     current = ok(await yard.api(project="@current").get("tasks/"))
     assert current == ok(await api.get("tasks/"))
+
+
+async def test_presence_of_a_device(yard: Yard) -> None:
+    """There are no push messages, so there is nothing to hold back."""
+    task = await yard.api().create_task(title="x")
+    for method in ("POST", "DELETE", "DELETE"):
+        sent = await yard.api().request(method, f"tasks/{task['id']}/presence/", json={"device_id": "d"})
+        assert (sent.status_code, sent.content) == (204, b"")
+        gone = await yard.api().request(method, f"tasks/{uuid.uuid4()}/presence/", json={})
+        error(gone, 404, "not_found")
+    error(await yard.api().post(f"tasks/{task['id']}/presence/", [1]), 400, "invalid_input")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from taskyard.accounts import passwords, present, sign_in, store
-from taskyard.accounts.schemas import SCOPES
+from taskyard.accounts import members_store, passwords, present, sign_in, store
+from taskyard.accounts.schemas import SCOPES, is_email
 from taskyard.db.engine import Connection, Database, Row
 from taskyard.errors import InvalidInputError, NotFoundError
 from taskyard.security import hash_api_key, mask_api_key, new_api_key
@@ -17,7 +16,7 @@ from taskyard.security import hash_api_key, mask_api_key, new_api_key
 
 async def create_user(database: Database, email: str) -> dict[str, Any]:
     """A new user; the very first one administers the site."""
-    if not re.fullmatch(r"[^@\s]+@[^@\s]+", email):
+    if not is_email(email):
         raise InvalidInputError(f"{email!r} is not an e-mail address")
     async with database.transaction() as connection:
         first = not await store.has_users(connection)
@@ -45,6 +44,15 @@ async def add_member(database: Database, email: str, project_id: int, role: str 
             raise NotFoundError(f"there is no project {project_id}")
         await store.insert_membership(connection, user["id"], project_id, role)
     return {"id": user["id"], "email": user["email"], "project_id": project_id, "role": role}
+
+
+async def remove_member(database: Database, email: str, project_id: int) -> dict[str, Any]:
+    """Take a user out of a project, be it its last admin: whoever runs the server can make another."""
+    async with database.transaction() as connection:
+        user = await _user(connection, email)
+        if not await members_store.remove(connection, project_id, user["id"]):
+            raise NotFoundError(f"{email} is not a member of project {project_id}")
+    return {"id": user["id"], "email": user["email"], "project_id": project_id}
 
 
 async def create_key(
@@ -93,11 +101,7 @@ async def password_link(database: Database, email: str) -> dict[str, Any]:
     async with database.transaction() as connection:
         user = await _user(connection, email)
         token = await sign_in.new_link(connection, user["id"])
-    return {"id": user["id"], "email": user["email"], "path": link_path(token)}
-
-
-def link_path(token: str) -> str:
-    return f"/set-password?token={token}"
+    return {"id": user["id"], "email": user["email"], "path": sign_in.link_path(token)}
 
 
 async def list_users(database: Database) -> list[dict[str, Any]]:
@@ -160,7 +164,7 @@ async def bootstrap(database: Database) -> First | None:
         await store.insert_key(
             connection, user["id"], "first key", hash_api_key(key), mask_api_key(key), ["*"], None
         )
-        return First(key, link_path(await sign_in.new_link(connection, user["id"])))
+        return First(key, sign_in.link_path(await sign_in.new_link(connection, user["id"])))
 
 
 async def _user(connection: Connection, email: str) -> Row:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
-from litestar import Controller, Request, Response, delete, get, post
+from litestar import Controller, Request, Response, delete, get, patch, post
 from litestar.params import FromPath
 
-from taskyard.accounts import directory, present
+from taskyard.accounts import directory, members, present
 from taskyard.accounts.caller import Caller, Identity, authenticate, authorize, signed_in
-from taskyard.accounts.schemas import Invite, KeyWrite
+from taskyard.accounts.schemas import Invite, KeyWrite, UserUpdate
 from taskyard.errors import NotFoundError
 from taskyard.http import answer, body, limit_offset, origin_of, page, path_uuid
 
@@ -24,6 +25,12 @@ class MeController(Controller):
     async def me(self, request: Req) -> Response[bytes]:
         async with request.app.state.database.connection() as connection:
             return answer(await directory.me(connection, request.user))
+
+    @patch("/users/@me", opt={"scope": "task:write"})
+    async def update_me(self, request: Req) -> Response[bytes]:
+        sent = await body(request, UserUpdate)
+        async with request.app.state.database.transaction() as connection:
+            return answer(await directory.update_me(connection, request.user, sent))
 
     @get("/projects")
     async def list_projects(self, request: Req) -> Response[bytes]:
@@ -41,6 +48,14 @@ class MeController(Controller):
     async def organization(self, request: Req, organization_id: FromPath[str]) -> Response[bytes]:
         async with request.app.state.database.connection() as connection:
             return answer(await directory.organization(connection, request.user, organization_id))
+
+    @get("/organizations/{organization_id:str}/members")
+    async def list_members(self, request: Req, organization_id: FromPath[str]) -> Response[bytes]:
+        """Everybody with whom the caller shares a project of it: for those who pick a person in a list."""
+        async with request.app.state.database.connection() as connection:
+            found = await directory.organization(connection, request.user, organization_id)
+            rows = await members.of_organization(connection, request.user, UUID(found["id"]))
+        return _cut(request, list(map(present.member, rows)))
 
     @get("/personal_api_keys/@current")
     async def current_key(self, request: Req) -> Response[bytes]:

@@ -74,6 +74,7 @@ class Identity:
     project_ids: list[int] | None
     """The projects that the credential is limited to; None for all of the user's."""
     organization_ids: list[UUID] | None
+    scopes: frozenset[str]
 
 
 def grants(scopes: frozenset[str], wanted: str) -> bool:
@@ -106,14 +107,21 @@ async def authorize(connection: AnyConnection, handler: BaseRouteHandler) -> Non
     )
     method = connection.scope.get("method", "GET")
     wanted = handler.opt.get("scope") or ("task:read" if method in READ_METHODS else "task:write")
-    if not grants(caller.scopes, wanted):
-        raise PermissionDeniedError(f"API key missing required scope '{wanted}'")
+    _check_scope(caller.scopes, wanted)
     connection.scope["user"] = caller
 
 
-async def authenticate(connection: AnyConnection, _: BaseRouteHandler) -> None:
-    """Guard of routes that any authenticated user may call, with whatever scopes."""
-    connection.scope["user"] = await identify(connection)
+def _check_scope(scopes: frozenset[str], wanted: str) -> None:
+    if not grants(scopes, wanted):
+        raise PermissionDeniedError(f"API key missing required scope '{wanted}'")
+
+
+async def authenticate(connection: AnyConnection, handler: BaseRouteHandler) -> None:
+    """Guard of routes that any authenticated user may call, with the scope in `opt["scope"]` if there is one."""
+    identity = await identify(connection)
+    if (wanted := handler.opt.get("scope")) is not None:
+        _check_scope(identity.scopes, wanted)
+    connection.scope["user"] = identity
 
 
 async def signed_in(connection: AnyConnection, _: BaseRouteHandler) -> None:
@@ -136,6 +144,7 @@ async def identify(connection: AnyConnection) -> Identity:
         project_id=current,
         project_ids=row["project_ids"],
         organization_ids=row["organization_ids"],
+        scopes=frozenset(row["scopes"]),
     )
 
 
@@ -182,7 +191,8 @@ async def _session(connection: AnyConnection, database: Database, project_id: in
     session = connection.cookies.get(SESSION_COOKIE)
     if not session:
         raise NotAuthenticatedError
-    row = await store.find_session(database, token_hash(session), project_id)
+    idle_s = connection.app.state.settings.sessions.idle_s
+    row = await store.find_session(database, token_hash(session), project_id, idle_s)
     if row is None:
         raise AuthenticationFailedError("Your session has ended. Sign in again.")
     if connection.scope.get("method") not in READ_METHODS and not csrf_matches(

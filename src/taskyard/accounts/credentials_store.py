@@ -64,7 +64,8 @@ SESSION: LiteralString = (
     "WITH c AS (SELECT hash AS id, user_id, ARRAY['*'] AS scopes, NULL::integer[] AS project_ids,"
     " NULL::uuid[] AS organization_ids, "
     + STALE
-    + " FROM sessions WHERE hash = %(hash)s AND expires_at > clock_timestamp())"
+    + " FROM sessions WHERE hash = %(hash)s AND expires_at > clock_timestamp()"
+    " AND last_used_at > clock_timestamp() - make_interval(secs => %(idle)s))"
 )
 
 
@@ -101,9 +102,13 @@ async def find_token(database: Database, token_hash: bytes, project_id: int | No
     return await database.fetch_one(TOKEN + WITHOUT_COUNT, hash=token_hash, project=project_id)
 
 
-async def find_session(database: Database, session_hash: bytes, project_id: int | None) -> Row | None:
-    """The same for a living session; `credential_id` is its hash."""
-    return await database.fetch_one(SESSION + WITHOUT_COUNT, hash=session_hash, project=project_id)
+async def find_session(
+    database: Database, session_hash: bytes, project_id: int | None, idle_s: int
+) -> Row | None:
+    """The same for a living session that was used in the last `idle_s` seconds; `credential_id` is its hash."""
+    return await database.fetch_one(
+        SESSION + WITHOUT_COUNT, hash=session_hash, project=project_id, idle=idle_s
+    )
 
 
 async def touch_key(database: Database, key_id: UUID) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 from taskyard.accounts import present, store
 from taskyard.accounts.caller import Caller, Identity
-from taskyard.accounts.schemas import SCOPES, KeyWrite
+from taskyard.accounts.schemas import SCOPES, KeyWrite, UserUpdate
 from taskyard.db.engine import Connection, Row
 from taskyard.errors import InvalidInputError, NotFoundError
 from taskyard.security import hash_api_key, mask_api_key, new_api_key
@@ -17,6 +18,27 @@ from taskyard.security import hash_api_key, mask_api_key, new_api_key
 async def me(connection: Connection, identity: Identity) -> dict[str, Any]:
     user = await store.user_by_id(connection, identity.user_id)
     return present.me(user, await projects(connection, identity), identity.project_id)
+
+
+async def update_me(connection: Connection, identity: Identity, body: UserUpdate) -> dict[str, Any]:
+    """Change one's name, or what `@current` stands for: a project that the credential reaches."""
+    sent = body.sent()
+    if {"first_name", "last_name"} & sent.keys():
+        user = await store.user_by_id(connection, identity.user_id)
+        names: dict[str, str] = {name: sent.get(name, user[name]) for name in ("first_name", "last_name")}
+        await store.update_user(connection, identity.user_id, **names)
+    for name, column in (("set_current_organization", "organization_id"), ("set_current_team", "id")):
+        if (wanted := sent.get(name)) is None:
+            continue
+        reached = [row["id"] for row in await projects(connection, identity) if row[column] == wanted]
+        if not reached:
+            detail = f'Invalid pk "{wanted}" - object does not exist.'
+            raise InvalidInputError(detail, code="does_not_exist", attr=name)
+        # Nothing to do when the current project is in the organization already.
+        if identity.project_id not in reached:
+            await store.set_current_project(connection, identity.user_id, reached[0])
+            identity = replace(identity, project_id=reached[0])
+    return await me(connection, identity)
 
 
 async def projects(connection: Connection, identity: Identity) -> list[Row]:

@@ -47,8 +47,13 @@ async def signed_in(request: Req) -> SignedIn | None:
     session = request.cookies.get(SESSION_COOKIE)
     if not session:
         return None
-    row = await credentials_store.find_session(request.app.state.database, token_hash(session), None)
-    return None if row is None else SignedIn(session, row)
+    database, idle_s = request.app.state.database, request.app.state.settings.sessions.idle_s
+    row = await credentials_store.find_session(database, token_hash(session), None, idle_s)
+    if row is None:
+        return None
+    if row["stale"]:
+        await credentials_store.touch_session(database, row["credential_id"])
+    return SignedIn(session, row)
 
 
 def render(name: str, status: int = 200, **values: Any) -> Response[str]:

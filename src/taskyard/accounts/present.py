@@ -15,11 +15,21 @@ LEVELS = {"member": 1, "admin": 8}
 """Roles as clients know them: numbers that can be compared."""
 
 
-def timestamp(value: datetime | None) -> str | None:
-    """ISO 8601 in UTC with microseconds and `Z` (tasks-api §1.2)."""
+def timestamp(value: datetime | str | None) -> str | None:
+    """ISO 8601 in UTC with microseconds and `Z` (tasks-api §1.2). Text comes from rows that were made JSON."""
     if value is None:
         return None
-    return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    if moment.utcoffset():  # connections ask for UTC, so this is rare
+        moment = moment.astimezone(UTC)
+    return moment.isoformat(timespec="microseconds")[:26] + "Z"
+
+
+def moment(value: datetime | str | None) -> datetime | str | None:
+    """The same for the encoder of answers, which writes most times itself, at a tenth of the cost."""
+    if isinstance(value, datetime) and value.microsecond and value.tzinfo is UTC:
+        return value
+    return timestamp(value)
 
 
 def project(row: Row) -> Json:
@@ -91,6 +101,37 @@ def me(user: Row, projects: Sequence[Row], current: int | None) -> Json:
             {key: entry[key] for key in ("id", "name", "slug", "logo_media_id", "membership_level")}
             for entry in all_of_them
         ],
+    }
+
+
+def user_basic(row: Row) -> Json | None:
+    """A UserBasic, of a row with `user_id`, `user_uuid` and the columns of users; None without a user."""
+    if row["user_id"] is None:
+        return None
+    return {
+        "id": row["user_id"],
+        "uuid": str(row["user_uuid"]),
+        "distinct_id": row["distinct_id"],
+        "first_name": row["first_name"],
+        "last_name": row["last_name"],
+        "email": row["email"],
+        "is_email_verified": None,
+        "hedgehog_config": None,
+        "role_at_organization": None,
+    }
+
+
+def member(row: Row) -> Json:
+    """Somebody who belongs to a project or an organization; clients know the level."""
+    user = user_basic(row)
+    assert user is not None
+    return {
+        "id": user["uuid"],
+        "user": user,
+        "role": row["role"],
+        "level": LEVELS[row["role"]],
+        "joined_at": timestamp(row["joined_at"]),
+        "updated_at": timestamp(row["updated_at"]),
     }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from taskyard.accounts import api, oauth_api, sign_in_api
+from taskyard.accounts import api, members_api, oauth_api, sign_in_api
 
 ROUTES = (
     api.MeController,
     api.KeyController,
     api.ProjectController,
+    members_api.MemberController,
     api.IntegrationController,
     sign_in_api.login,
     sign_in_api.logout,

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import AwareDatetime, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
-from taskyard.schemas import Body, Filled
+from taskyard.schemas import Body, Filled, NotNull, Text
 
 SCOPES = ("*", "task:read", "task:write")
 """Every scope there is (tasks-api §1.3)."""
+
+
+def is_email(text: str) -> bool:
+    return re.fullmatch(r"[^@\s]+@[^@\s]+", text) is not None
+
+
+def _email(value: str) -> str:
+    if not is_email(value):
+        raise PydanticCustomError("email", "Enter a valid email address.")
+    return value
+
+
+Email = Annotated[Filled, StringConstraints(max_length=254), AfterValidator(_email)]
+Name = Annotated[Text, StringConstraints(max_length=150)]
+Role = Literal["member", "admin"]
+
+
+class MemberAdd(Body):
+    """Somebody who joins a project; the name counts for a new account only."""
+
+    email: Email
+    role: Role = "member"
+    first_name: Name = ""
+
+
+class MemberUpdate(Body):
+    role: Annotated[Role | None, NotNull] = None
+
+
+class UserUpdate(Body):
+    """What people change about themselves; the last two are how clients switch between projects."""
+
+    first_name: Annotated[Name | None, NotNull] = None
+    last_name: Annotated[Name | None, NotNull] = None
+    set_current_team: int | None = None
+    set_current_organization: UUID | None = None
 
 
 class KeyWrite(Body):

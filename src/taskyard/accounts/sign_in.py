@@ -69,6 +69,11 @@ async def new_link(connection: Connection, user_id: int) -> str:
     return token
 
 
+def link_path(token: str) -> str:
+    """The path of the server where a link's token is used."""
+    return f"/set-password?token={token}"
+
+
 async def user_of_link(connection: Connection, token: str) -> Row:
     """Whose link it is. Raises InvalidLinkError."""
     user_id = await sessions.user_of_link(connection, token_hash(token))

@@ -9,9 +9,10 @@ from taskyard.db.engine import Connection, Database
 
 
 async def insert_session(connection: Connection, session_hash: bytes, user_id: int, life: timedelta) -> None:
-    """A new session of a user; ended ones of the same user go."""
+    """A new session of a user; some that have ended go, whosesoever they are."""
     await connection.execute(
-        "DELETE FROM sessions WHERE user_id = %(user)s AND expires_at < clock_timestamp()", {"user": user_id}
+        "DELETE FROM sessions WHERE hash IN (SELECT hash FROM sessions WHERE expires_at < clock_timestamp()"
+        " LIMIT 100 FOR UPDATE SKIP LOCKED)"
     )
     await connection.execute(
         "INSERT INTO sessions (hash, user_id, expires_at)"

@@ -61,7 +61,7 @@ async def insert_membership(connection: Connection, user_id: int, project_id: in
     """Join a project; the first one joined becomes the user's current project."""
     await connection.execute(
         "INSERT INTO memberships (user_id, project_id, role) VALUES (%(user)s, %(project)s, %(role)s)"
-        " ON CONFLICT (user_id, project_id) DO UPDATE SET role = excluded.role",
+        " ON CONFLICT (user_id, project_id) DO UPDATE SET role = excluded.role, updated_at = clock_timestamp()",
         {"user": user_id, "project": project_id, "role": role},
     )
     await connection.execute(
@@ -146,6 +146,21 @@ async def visible_projects(
     )
     params = {"user": user_id, "projects": project_ids, "organizations": organization_ids}
     return await (await connection.execute(query, params)).fetchall()
+
+
+async def update_user(connection: Connection, user_id: int, first_name: str, last_name: str) -> None:
+    await connection.execute(
+        "UPDATE users SET first_name = %(first)s, last_name = %(last)s WHERE id = %(id)s",
+        {"id": user_id, "first": first_name, "last": last_name},
+    )
+
+
+async def set_current_project(connection: Connection, user_id: int, project_id: int) -> None:
+    """What `@current` stands for from now on, where no credential says otherwise."""
+    await connection.execute(
+        "UPDATE users SET current_project_id = %(project)s WHERE id = %(id)s",
+        {"id": user_id, "project": project_id},
+    )
 
 
 async def users(connection: Connection) -> list[Row]:

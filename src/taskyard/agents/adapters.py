@@ -351,6 +351,9 @@ def _scripted() -> Adapter:
         command=(python, "-I", str(Path(__file__).with_name("scripted.py"))),
         modes={mode: mode for mode in CONTRACT_MODES["claude"]},
         default_mode="bypassPermissions",
+        state_env="TASKYARD_SCRIPTED_HOME",
+        state_dir=".scripted",
+        session_paths=("sessions",),
         exit_grace_s=2.0,
     )
 

@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,3 +142,11 @@ def _check_versions(wanted: list[str], package: Package, place: Path) -> None:
     entry = place / "node_modules" / package.npm / package.entry
     if not os.access(entry, os.R_OK):
         raise SetupError(f"{package.npm} {package.version} has no {package.entry}: the download is broken.")
+
+
+def remove_unfinished(data_dir: Path) -> None:
+    """Remove what installations left that were killed; none takes longer than twice INSTALL_S."""
+    for scratch in (data_dir / "agents").glob(".*-*"):
+        with suppress(FileNotFoundError):
+            if scratch.stat().st_mtime < time.time() - 2 * INSTALL_S:
+                shutil.rmtree(scratch, ignore_errors=True)

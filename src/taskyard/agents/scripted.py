@@ -34,6 +34,8 @@ from typing import Any
 Json = dict[str, Any]
 
 MODES = ("default", "acceptEdits", "plan", "bypassPermissions", "auto")
+HOME = "TASKYARD_SCRIPTED_HOME"
+"""Names the folder for its sessions; without it they last as long as the process."""
 POLL_S = 0.02
 PAUSE_S = 0.3
 IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
@@ -51,12 +53,36 @@ class RpcError(Exception):
 
 
 class Session:
+    """One conversation. What of its script is left to do is kept on disk, so that a later process can go on."""
+
     def __init__(self, session_id: str, cwd: str) -> None:
         self.id = session_id
         self.cwd = Path(cwd)
         self.mode = MODES[0]
         self.cancelled = threading.Event()
         self.busy = False
+
+    @property
+    def path(self) -> Path | None:
+        home = os.environ.get(HOME)
+        return Path(home, "sessions", f"{self.id}.json") if home else None
+
+    def keep(self, left: list[str]) -> None:
+        """Remember the directives that are not done yet."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps({"left": left}), "utf-8")
+            part.replace(self.path)
+
+    def kept(self) -> list[str] | None:
+        """The same, as an earlier process left them; None when the session is not known here."""
+        if self.path is None:
+            return []
+        try:
+            return list(json.loads(self.path.read_text("utf-8"))["left"])
+        except FileNotFoundError:
+            return None
 
     def describe(self) -> Json:
         modes = [{"id": mode, "name": mode} for mode in MODES]
@@ -161,7 +187,12 @@ class Agent:
         }
 
     def open(self, session_id: str, params: Json, *, with_id: bool = False) -> Json:
-        session = self.sessions[session_id] = Session(session_id, params["cwd"])
+        session = Session(session_id, params["cwd"])
+        if with_id:
+            session.keep([])
+        elif session.kept() is None:
+            raise RpcError(-32002, f"Resource not found: session {session_id}")
+        self.sessions[session_id] = session
         return {**({"sessionId": session_id} if with_id else {}), **session.describe()}
 
     def session(self, params: Json) -> Session:
@@ -212,18 +243,25 @@ class Turn:
     def run(self, params: Json) -> Json:
         blocks = params.get("prompt") or []
         text = "\n".join(str(block.get("text", "")) for block in blocks if block.get("type") == "text")
-        lines = [line.partition(" ") for line in text.split("\n")]
-        script = [(self.directives[word], rest.strip()) for word, _, rest in lines if word in self.directives]
+        script = [line for line in text.split("\n") if line.partition(" ")[0] in self.directives]
+        # A prompt without directives, after a turn that was broken off: it is told to go on.
+        script = script or self.session.kept() or []
         result: Json = {"stopReason": "end_turn"}
         try:
-            for do, argument in script or [(self.stand_in, text)]:
+            if not script:
                 self.check()
-                do(argument)
+                self.stand_in(text)
+            for number, line in enumerate(script):
+                self.check()
+                self.session.keep(script[number:])
+                word, _, rest = line.partition(" ")
+                self.directives[word](rest.strip())
             self.check()
         except Cancelled:
             result["stopReason"] = "cancelled"
         finally:
             self.session.busy = False
+        self.session.keep([])
         return result if self.usage is None else {**result, "usage": self.usage}
 
     def stand_in(self, text: str) -> None:

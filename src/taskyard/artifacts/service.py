@@ -115,8 +115,10 @@ async def upload(place: Place, run_id: UUID, items: Sequence[InlineItem]) -> lis
         new, name = uuid4().hex, paths.safe_name(item.name)
         path = paths.run_path(prefix, new, name)
         entries.append(_entry(item, new, name, len(item.content), item.content_type, path))
-    async with place.database.transaction() as connection:
-        await store.expect(connection, place.task_id, [entry["storage_path"] for entry in entries])
+    # Before anything is stored, also when the whole request is one transaction: else a crash leaves objects behind.
+    with place.database.apart():
+        async with place.database.transaction() as connection:
+            await store.expect(connection, place.task_id, [entry["storage_path"] for entry in entries])
     for item, entry in zip(items, entries, strict=True):
         await place.objects.put(entry["storage_path"], item.content, media_type(item.content_type))
     async with place.database.transaction() as connection:
@@ -184,7 +186,7 @@ async def presign(place: Place, run_id: UUID, path: str) -> Json:
 async def download(place: Place, run_id: UUID, path: str) -> tuple[Json, Content]:
     """An artifact of this run, or of one that it resumes: its entry and its bytes (§7)."""
     await _manifest(place, run_id)
-    entry = await store.entry_in_chain(place.database, place.caller.project.id, place.task_id, run_id, path)
+    entry = await store.entry_in_chain(place.database, place.caller, place.task_id, run_id, path)
     if entry is None:
         raise _not_found("Artifact not found on this run")
     try:
@@ -217,14 +219,14 @@ class _Known:
 
 
 async def _manifest(place: Place, run_id: UUID) -> list[Json]:
-    row = await store.run(place.database, place.caller.project.id, place.task_id, run_id)
+    row = await store.run(place.database, place.caller, place.task_id, run_id)
     if row is None:
         raise NotFoundError
     return list(row["artifacts"])
 
 
 async def _lock(connection: Connection, place: Place, run_id: UUID) -> list[Json]:
-    row = await store.lock_run(connection, place.caller.project.id, place.task_id, run_id)
+    row = await store.lock_run(connection, place.caller, place.task_id, run_id)
     if row is None:
         raise NotFoundError
     return list(row["artifacts"])
@@ -264,8 +266,10 @@ async def _look(
 ) -> dict[str, Stored]:
     """What is stored under the paths of the items that may have them, held for a while so that it stays."""
     keys = sorted({item.storage_path for item in items if belongs(item.storage_path, item.id)})
-    async with place.database.transaction() as connection:
-        held = sorted(await store.hold(connection, keys)) if keys else []
+    # Not locked any longer than this, since others lock the run before its objects.
+    with place.database.apart():
+        async with place.database.transaction() as connection:
+            held = sorted(await store.hold(connection, keys)) if keys else []
     found = await asyncio.gather(*(place.objects.head(key) for key in held))
     return {key: stored for key, stored in zip(held, found, strict=True) if stored is not None}
 

@@ -8,14 +8,21 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
+from taskyard.accounts.caller import Caller
 from taskyard.db.engine import Connection, Database, Row
+from taskyard.tasks import filters
 
 Json = dict[str, Any]
 
-READABLE: LiteralString = (
-    "r.id = %(run)s AND r.task_id = %(task)s AND r.project_id = %(project)s"  # of a deleted task, too
-)
-"""The one place that scopes runs to a task of a project."""
+OF_TASK: LiteralString = "r.id = %(run)s AND r.task_id = %(task)s AND r.project_id = %(project)s"
+VISIBLE: LiteralString = " AND EXISTS (SELECT FROM tasks t WHERE t.id = r.task_id" + filters.OWN + ")"
+
+
+def readable(caller: Caller, task_id: UUID, run_id: UUID) -> tuple[LiteralString, dict[str, Any]]:
+    """The one place that scopes a run `r`: to a task, deleted or not, of the caller's project that they may see."""
+    scope = {"project": caller.project.id, "task": task_id, "run": run_id, "viewer": caller.user_id}
+    return (OF_TASK if caller.sees_all else OF_TASK + VISIBLE), scope
+
 
 STAGED: LiteralString = "interval '24 hours'"
 """How long a finalized upload waits for its run (tasks-api §8)."""
@@ -62,20 +69,17 @@ async def forget_expired(connection: Connection) -> None:
 # --- the manifests of runs ---------------------------------------------------------------------------
 
 
-async def run(source: Database | Connection, project_id: int, task_id: UUID, run_id: UUID) -> Row | None:
-    """A run's `artifacts`; None when the project has no such run of that task."""
-    query: LiteralString = "SELECT r.artifacts FROM runs r WHERE " + READABLE
-    params = {"project": project_id, "task": task_id, "run": run_id}
-    if isinstance(source, Database):
-        return await source.fetch_one(query, **params)
-    return await (await source.execute(query, params)).fetchone()
+async def run(database: Database, caller: Caller, task_id: UUID, run_id: UUID) -> Row | None:
+    """A run's `artifacts`; None when the caller sees no such run of that task."""
+    where, scope = readable(caller, task_id, run_id)
+    return await database.fetch_one("SELECT r.artifacts FROM runs r WHERE " + where, **scope)
 
 
-async def lock_run(connection: Connection, project_id: int, task_id: UUID, run_id: UUID) -> Row | None:
+async def lock_run(connection: Connection, caller: Caller, task_id: UUID, run_id: UUID) -> Row | None:
     """The same, locked until the transaction ends. Events of the run are not kept waiting."""
-    query: LiteralString = "SELECT r.artifacts FROM runs r WHERE " + READABLE + " FOR NO KEY UPDATE"
-    params = {"project": project_id, "task": task_id, "run": run_id}
-    return await (await connection.execute(query, params)).fetchone()
+    where, scope = readable(caller, task_id, run_id)
+    query: LiteralString = "SELECT r.artifacts FROM runs r WHERE " + where + " FOR NO KEY UPDATE OF r"
+    return await (await connection.execute(query, scope)).fetchone()
 
 
 async def add(connection: Connection, run_id: UUID, entries: Sequence[Json]) -> list[Json]:
@@ -92,11 +96,12 @@ async def add(connection: Connection, run_id: UUID, entries: Sequence[Json]) -> 
     return list(row["artifacts"])
 
 
-CHAIN: LiteralString = (
+CHAIN_START: LiteralString = (
     "WITH RECURSIVE chain AS ("
     " SELECT r.id, r.task_id, r.state, r.artifacts, 0 AS hops, ARRAY[r.id] AS seen FROM runs r WHERE "
-    + READABLE
-    + " UNION ALL"
+)
+CHAIN_REST: LiteralString = (
+    " UNION ALL"
     " SELECT earlier.id, earlier.task_id, earlier.state, earlier.artifacts, chain.hops + 1, chain.seen || earlier.id"
     " FROM chain JOIN runs earlier ON earlier.task_id = chain.task_id"
     # Compared as text: a client may have put anything there.
@@ -108,10 +113,11 @@ CHAIN: LiteralString = (
 
 
 async def entry_in_chain(
-    database: Database, project_id: int, task_id: UUID, run_id: UUID, path: str
+    database: Database, caller: Caller, task_id: UUID, run_id: UUID, path: str
 ) -> Json | None:
     """The entry with this path of a run, or of those it resumes: same task, at most 10 hops, each run once."""
-    row = await database.fetch_one(CHAIN, project=project_id, task=task_id, run=run_id, path=path)
+    where, scope = readable(caller, task_id, run_id)
+    row = await database.fetch_one(CHAIN_START + where + CHAIN_REST, **scope, path=path)
     return None if row is None else dict(row["entry"])
 
 
@@ -141,6 +147,14 @@ async def hold(connection: Connection, keys: Sequence[str]) -> set[str]:
 async def hold_attached(connection: Connection, keys: Sequence[str]) -> set[str]:
     """The same for objects of a run, for 30 days."""
     return await _hold(connection, HOLD + ATTACHED, keys)
+
+
+async def let_go(connection: Connection, keys: Sequence[str]) -> None:
+    """Nothing needs these objects any more."""
+    await connection.execute(
+        "UPDATE stored_objects SET keep_until = clock_timestamp() WHERE key = ANY(%(keys)s)",
+        {"keys": list(keys)},
+    )
 
 
 async def _hold(connection: Connection, query: LiteralString, keys: Sequence[str]) -> set[str]:

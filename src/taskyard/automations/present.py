@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from taskyard.accounts.present import timestamp
 from taskyard.db.engine import Row
-from taskyard.tasks.present import timestamp
 
 Json = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""`taskyard admin`: users, projects, memberships, keys and secrets. Works beside a running server."""
+"""`taskyard admin`: users, projects, memberships, keys, secrets and workers. Works beside a running server."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 T = TypeVar("T")
 Email = Annotated[str, typer.Argument(metavar="EMAIL")]
+ProjectId = Annotated[int, typer.Argument(metavar="PROJECT_ID")]
 
-app = typer.Typer(no_args_is_help=True, help="Manage users, projects and keys.")
+app = typer.Typer(no_args_is_help=True, help="Manage users, projects and keys; see the workers.")
 
 
 @app.command()
@@ -45,15 +46,29 @@ def create_project(
 @app.command()
 def add_member(
     email: Email,
-    project: Annotated[int, typer.Argument(metavar="PROJECT_ID")],
+    project: ProjectId,
+    role: Annotated[
+        str, typer.Option("--role", help="member or admin; admins manage the members.")
+    ] = "member",
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let a user into a project."""
+    """Let a user into a project, or change their role there."""
     from taskyard.accounts import admin
 
-    made = _do(data_dir, lambda database: admin.add_member(database, email, project))
-    _tell(made, as_json, f"{{email}} is a member of project {project}")
+    made = _do(data_dir, lambda database: admin.add_member(database, email, project, role))
+    _tell(made, as_json, "{email} is in project {project_id} as {role}")
+
+
+@app.command()
+def remove_member(
+    email: Email, project: ProjectId, data_dir: DataDir = None, as_json: AsJson = False
+) -> None:
+    """Take a user out of a project: their keys, tokens and automations do nothing there any more."""
+    from taskyard.accounts import admin
+
+    made = _do(data_dir, lambda database: admin.remove_member(database, email, project))
+    _tell(made, as_json, "{email} is not in project {project_id} any more")
 
 
 @app.command()
@@ -143,6 +158,14 @@ def revoke_key(
 
 
 @app.command()
+def workers(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Show the workers of the site: their pools, how many runs they drive, when they were last seen."""
+    from taskyard.runs import workers
+
+    _list(_do(data_dir, workers.listed), as_json, _worker_line)
+
+
+@app.command()
 def rotate_secrets(
     drop_unreadable: Annotated[
         bool, typer.Option("--drop-unreadable", help="Remove secrets whose key is lost, instead of stopping.")
@@ -184,6 +207,14 @@ def _tell(made: Json, as_json: bool, sentence: str) -> None:
 def _list(entries: Sequence[Json], as_json: bool, line: Callable[[Json], str]) -> None:
     for text in [json.dumps(entries)] if as_json else map(line, entries):
         typer.echo(text)
+
+
+def _worker_line(worker: Json) -> str:
+    return (
+        f"{worker['name']}  {worker['status']}, seen {worker['seen_s_ago']:g} s ago  "
+        f"{worker['running']} of {worker['capacity']} runs  pools: {', '.join(worker['pools'])}  "
+        f"agents: {', '.join(worker['agents']) or 'none'}  version {worker['version']}"
+    )
 
 
 def _user_line(user: Json) -> str:

@@ -34,7 +34,10 @@ def doctor(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """Check this machine and say how to mend what is missing."""
     import asyncio
 
+    from taskyard.telemetry import configure_logging
+
     settings = load_settings(data_dir)
+    configure_logging("error", "console")  # what goes wrong is told here
     found: list[Problem] = []
 
     async def go() -> None:
@@ -67,6 +70,8 @@ def show(problem: Problem) -> None:
 async def checks(settings: Settings) -> AsyncIterator[Problem]:
     """Everything that is checked, as it becomes known."""
     for problem in _machine(settings):
+        yield problem
+    async for problem in _bucket(settings):
         yield problem
     async for problem in _sandbox(settings):
         yield problem
@@ -130,6 +135,25 @@ def _embedded() -> Problem:
         version is not None,
         f"built in, {version}" if version else "the built-in server does not start",
         "Reinstall Taskyard, or name a server in TASKYARD_DATABASE_URL.",
+        fatal=True,
+    )
+
+
+async def _bucket(settings: Settings) -> AsyncIterator[Problem]:
+    s3 = settings.objects.s3
+    if s3.bucket is None:
+        return
+    from taskyard.objects.trial import trial
+
+    problem = await trial(settings.objects)
+    where = f"bucket {s3.bucket} at {s3.endpoint_url or 'Amazon S3'}"
+    yield _problem(
+        "object storage",
+        problem is None,
+        f"{where}: written, read, uploads and downloads by clients work"
+        if problem is None
+        else f"{where}: {problem}",
+        "The bucket has to exist; see TASKYARD_OBJECTS__S3__… in the README: endpoint, path style, region, keys.",
         fatal=True,
     )
 

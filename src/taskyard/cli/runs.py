@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 DEFAULT_MODELS = {"claude": "claude-opus-4-7", "codex": "gpt-5.5"}
 """For the two agents whose API field `runtime_adapter` cannot be sent without a model (tasks-api §4.8.1)."""
+
+FIRST_LOOK_S = 0.1
+QUEUE_LOOK_S = 3.0
+"""How often a run that waits is looked at, in the end."""
 
 TaskId = Annotated[str, typer.Argument(metavar="TASK_ID")]
 RunId = Annotated[str | None, typer.Argument(metavar="[RUN_ID]", help="Default: the task's newest run.")]
@@ -116,6 +122,7 @@ def show_until_end(yard: Taskyard, task_id: str, run_id: str) -> int:
         lost = True
 
     try:
+        _wait_for_worker(yard, task_id, run_id, renderer.note)
         for event in yard.stream(task_id, run_id, on_retry=on_retry):
             lost = False
             renderer.event(event)
@@ -127,6 +134,27 @@ def show_until_end(yard: Taskyard, task_id: str, run_id: str) -> int:
         return 130
     renderer.finish(ended)
     return 0 if ended.status == "completed" else 1
+
+
+def _wait_for_worker(yard: Taskyard, task_id: str, run_id: str, note: Callable[[str], None]) -> None:
+    """Say what a run waits for, and that again when it changes, until a worker has it."""
+    from taskyard.client import ClientError
+
+    said, delay = "", FIRST_LOOK_S
+    while True:
+        try:
+            place = yard.get_run(task_id, run_id).state.get("queue")
+        except ClientError:  # whoever follows the stream waits that out, or says what it is
+            return
+        if not isinstance(place, dict):
+            return
+        text = f"Waiting, number {place.get('position')} in the queue: {place.get('reason')}."
+        # A worker that is there takes it at once: nothing to tell.
+        if text != said and "about to" not in text:
+            note(text)
+            said = text
+        time.sleep(delay)
+        delay = min(delay * 2, QUEUE_LOOK_S)
 
 
 def _newest_run(task: Task) -> Run:

@@ -18,6 +18,8 @@ class Method(StrEnum):
     CLOSE = "close"
     PERMISSION_RESPONSE = "permission_response"
     SET_CONFIG_OPTION = "set_config_option"
+    STEER = "steer"
+    """An addition: a message that interrupts the turn and is next."""
 
 
 def _id(value: Any) -> Any:
@@ -42,8 +44,8 @@ class Command(Body):
 def check_params(command: Command) -> dict[str, Any]:
     """The parameters of a command, trimmed and checked for its method; attr `params` when wrong."""
     params = dict(command.params or {})
-    if command.method == Method.USER_MESSAGE:
-        _check_message(params)
+    if command.method in (Method.USER_MESSAGE, Method.STEER):
+        _check_message(command.method, params)
     elif command.method == Method.PERMISSION_RESPONSE:
         # Mobile clients name the tool call instead of the request.
         _require(params, "requestId" if "toolCallId" not in params else "toolCallId", "optionId")
@@ -52,7 +54,7 @@ def check_params(command: Command) -> dict[str, Any]:
     return params
 
 
-def _check_message(params: dict[str, Any]) -> None:
+def _check_message(method: str, params: dict[str, Any]) -> None:
     content, ids = params.get("content"), params.get("artifact_ids")
     if content is not None and not isinstance(content, str):
         raise InvalidInputError("content must be a string when provided", attr="params")
@@ -62,7 +64,7 @@ def _check_message(params: dict[str, Any]) -> None:
         raise InvalidInputError("artifact_ids must be a list of non-empty strings", attr="params")
     params["content"] = (content or "").strip()
     if not params["content"] and not ids:
-        detail = "user_message requires a non-empty content string, artifact_ids, or both"
+        detail = f"{method} requires a non-empty content string, artifact_ids, or both"
         raise InvalidInputError(detail, attr="params")
 
 

@@ -13,6 +13,8 @@ from taskyard.commands.schemas import Command, Method, check_params
 from taskyard.db.engine import Database, Row
 from taskyard.db.hub import RUNS, Hub
 from taskyard.errors import InvalidInputError, TaskyardError
+from taskyard.jobs import enqueue_drive
+from taskyard.runs import resume
 from taskyard.runs import service as runs
 
 ANSWER_S = 30.0
@@ -59,11 +61,20 @@ async def send(
                 params["artifacts"] = _artifacts(row, ids)
             if row["started_at"] is None:
                 raise NoActiveSandboxError
-            seq = await store.insert(connection, run_id, caller.user_id, command.method, params)
+            method: str = command.method
+            if method == Method.STEER:
+                # It comes before the messages that wait, and ends the turn that would keep it waiting.
+                await store.insert(
+                    connection, run_id, caller.user_id, Method.USER_MESSAGE, params | {"steer": True}
+                )
+                method, params = Method.CANCEL, {}
+            seq = await store.insert(connection, run_id, caller.user_id, method, params)
+            if await resume.wake(connection, run_id):
+                await enqueue_drive(connection, run_id)
         answer: dict[str, Any] = {"jsonrpc": "2.0"}
         if command.id is not None:
             answer["id"] = command.id
-        if command.method == Method.USER_MESSAGE:
+        if command.method in (Method.USER_MESSAGE, Method.STEER):
             return answer | {"result": {"queued": True}}
         reply = await _wait(database, run_id, seq, wake)
     if reply["error"] is not None:

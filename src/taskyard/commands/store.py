@@ -63,6 +63,32 @@ async def take(database: Database, lease: Lease, methods: tuple[str, ...], limit
     ]
 
 
+async def take_message(connection: Connection, lease: Lease) -> Row | None:
+    """The next message (`params`), taken and answered; None when none waits.
+
+    One that steers comes before those that were sent earlier. The caller remembers it in the same transaction.
+    """
+    return await (
+        await connection.execute(
+            "UPDATE commands SET delivered_at = clock_timestamp(), answered_at = clock_timestamp(),"
+            " generation = %(generation)s, result = '{\"queued\": true}'"
+            " WHERE run_id = %(run)s AND seq = (SELECT seq FROM commands WHERE run_id = %(run)s"
+            "   AND method = 'user_message' AND delivered_at IS NULL"
+            "   ORDER BY (params ->> 'steer') IS NULL, seq LIMIT 1)"
+            " RETURNING params",
+            {"run": lease.run_id, "generation": lease.generation},
+        )
+    ).fetchone()
+
+
+async def any_waits(connection: Connection, run_id: UUID) -> bool:
+    """Whether any command waits. With the run locked, none can come in between."""
+    rows = await connection.execute(
+        "SELECT 1 FROM commands WHERE run_id = %(run)s AND delivered_at IS NULL LIMIT 1", {"run": run_id}
+    )
+    return await rows.fetchone() is not None
+
+
 async def message_waits(connection: Connection, run_id: UUID) -> bool:
     """Whether a message waits. With the run locked, none can come in between."""
     rows = await connection.execute(

@@ -18,11 +18,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import psycopg
+import structlog
 
 from taskyard.db.embedded_cluster import (
     create_cluster,
@@ -36,11 +38,16 @@ from taskyard.db.embedded_programs import find_programs
 from taskyard.db.embedded_server import POLL_S, Server
 from taskyard.errors import SetupError
 
+logger = structlog.get_logger(__name__)
+T = TypeVar("T")
+
 __all__ = ["EmbeddedPostgres", "ServeLock", "running_url"]
 
 DATABASE = "taskyard"
 START_WAIT_S = 60.0
 """How long a server may take to accept connections; it may have to recover from a crash."""
+KEEP_S = 0.5
+"""A server that has ended is noticed after this time."""
 LOCK_WAIT_S = 120.0
 """How long another process may take to create the cluster and start the server, or to stop it."""
 
@@ -69,21 +76,40 @@ class EmbeddedPostgres:
         A missing cluster or database is created. Raises SetupError, with the server's own words where
         they help. When cancelled, it undoes what it did before it ends.
         """
-        self._cancelled.clear()
-        work = asyncio.ensure_future(asyncio.to_thread(self._start))
         try:
-            return await asyncio.shield(work)
+            return await self._in_thread(self._start)
         except asyncio.CancelledError:
-            self._cancelled.set()
-            await asyncio.wait([work])
-            self._cancelled.clear()
-            if work.exception() is None:
-                await self.stop()
+            await self.stop()
             raise
+
+    async def keep(self) -> None:
+        """Start the server again whenever it has ended, until cancelled: between `start` and `stop`."""
+        while True:
+            await asyncio.sleep(KEEP_S)
+            if await asyncio.to_thread(self._is_alive):
+                continue
+            logger.error("PostgreSQL has ended, starting it again", log=str(self.folder / "log"))
+            try:
+                await self._in_thread(self._revive)
+            except SetupError as error:
+                logger.warning("PostgreSQL does not start, trying again", error=error.detail)
 
     async def stop(self) -> None:
         """Leave the server; if nobody else uses it, shut it down and wait for its end. Idempotent."""
         await asyncio.to_thread(self._stop)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """The result of blocking work that looks at `_cancelled`; when cancelled, it still waits for its end."""
+        self._cancelled.clear()
+        task = asyncio.ensure_future(asyncio.to_thread(work))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._cancelled.set()
+            await asyncio.wait([task])
+            self._cancelled.clear()
+            task.exception()  # it failed because it was cancelled
+            raise
 
     # What follows runs in a thread: it waits by polling, so that a cancelled start ends soon.
 
@@ -105,6 +131,21 @@ class EmbeddedPostgres:
                     self._users.release()
                     self._shut_down_unless_used()
                     raise
+
+    def _is_alive(self) -> bool:
+        lock = FileLock(self.folder / "server.lock")
+        try:
+            alive = not lock.try_acquire(shared=True)
+        except OSError:
+            return True  # not known
+        lock.release()
+        return alive
+
+    def _revive(self) -> None:
+        with folder_errors(self.data_dir), self._starting() as lock:
+            if self._server is not None:
+                self._server.leave()
+            self._connected(lock)
 
     def _connected(self, lock: FileLock) -> str:
         programs = find_programs()

@@ -8,8 +8,8 @@ commit: whoever opened the transaction does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any, LiteralString
 
@@ -83,10 +83,9 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection in autocommit mode, for single statements."""
-        shared = _shared.get()
-        if shared is not None and shared[0] is self:
-            async with shared[1].transaction():  # a savepoint: a failed statement costs only itself
-                yield shared[1]
+        if (shared := self._joined()) is not None:
+            async with shared.transaction():  # a savepoint: a failed statement costs only itself
+                yield shared
             return
         try:
             async with self._pool.connection() as connection:
@@ -121,6 +120,26 @@ class Database:
                 yield connection
             finally:
                 _shared.reset(token)
+
+    def is_shared(self) -> bool:
+        """Whether this task is inside of a `one_transaction`."""
+        return self._joined() is not None
+
+    def _joined(self) -> Connection | None:
+        shared = _shared.get()
+        return shared[1] if shared is not None and shared[0] is self else None
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done in the block takes no part in `one_transaction`: it is committed by itself.
+
+        It needs another connection, so not too many may do this at once.
+        """
+        token = _shared.set(None)
+        try:
+            yield
+        finally:
+            _shared.reset(token)
 
     async def fetch(self, query: LiteralString, **params: Any) -> list[Row]:
         """The rows of one statement, outside any transaction."""
@@ -161,10 +180,11 @@ async def open_database(settings: Settings, *, max_connections: int = 16) -> Asy
     from taskyard.db import migrate
     from taskyard.db.embedded import EmbeddedPostgres
 
-    server = None
+    server, keeper = None, None
     if settings.database_url is None:
         server = EmbeddedPostgres(settings.data_dir)
         url = await server.start()
+        keeper = asyncio.create_task(server.keep(), name="keep PostgreSQL")
     else:
         url = settings.database_url.get_secret_value()
     try:
@@ -176,5 +196,7 @@ async def open_database(settings: Settings, *, max_connections: int = 16) -> Asy
         finally:
             await database.close()
     finally:
-        if server is not None:
+        if server is not None and keeper is not None:
+            keeper.cancel()
+            await asyncio.wait({keeper})
             await server.stop()

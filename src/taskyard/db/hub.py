@@ -7,8 +7,9 @@ each wake; when the listening connection was lost, everybody is woken, so nothin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import LiteralString
 
 import psycopg
 import structlog
@@ -18,6 +19,12 @@ EVENTS = "e:"
 """Prefix of a payload: new events of the run that follows."""
 RUNS = "r:"
 """Prefix of a payload: a command or a new status of the run that follows."""
+
+QUEUE: LiteralString = "q"
+"""A payload: a run came into the queue, or there is room for one that waits."""
+
+CHECK_S = 30.0
+"""A connection that was silent for this long is asked whether it still lives: a dead one looks just as silent."""
 
 log = structlog.get_logger()
 
@@ -46,7 +53,7 @@ class Hub:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._waiters: dict[str, set[Wake]] = {}
+        self._calls: dict[str, set[Callable[[], None]]] = {}
         self._task: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
 
@@ -65,15 +72,22 @@ class Hub:
         """A wake for these topics, e.g. `hub.subscribe(f"{EVENTS}{run_id}")`."""
         wake = Wake()
         for topic in topics:
-            self._waiters.setdefault(topic, set()).add(wake)
+            self.call(topic, wake.set)
         try:
             yield wake
         finally:
             for topic in topics:
-                waiters = self._waiters[topic]
-                waiters.discard(wake)
-                if not waiters:
-                    del self._waiters[topic]
+                self.forget(topic, wake.set)
+
+    def call(self, topic: str, callback: Callable[[], None]) -> None:
+        """Have something called, in the event loop, at each hint for a topic, until `forget`."""
+        self._calls.setdefault(topic, set()).add(callback)
+
+    def forget(self, topic: str, callback: Callable[[], None]) -> None:
+        calls = self._calls[topic]
+        calls.discard(callback)
+        if not calls:
+            del self._calls[topic]
 
     async def _listen(self) -> None:
         delay = 0.1
@@ -86,9 +100,12 @@ class Hub:
                     self._wake_all()
                     self._ready.set()
                     delay = 0.1
-                    async for notice in connection.notifies():
-                        for wake in self._waiters.get(notice.payload, ()):
-                            wake.set()
+                    while True:
+                        async for notice in connection.notifies(timeout=CHECK_S):
+                            for call in list(self._calls.get(notice.payload, ())):
+                                call()
+                        async with asyncio.timeout(CHECK_S):
+                            await connection.execute("SELECT 1")
             except (psycopg.Error, OSError) as error:
                 log.warning(
                     "lost the notification connection, connecting again", error=str(error), delay=delay
@@ -97,6 +114,6 @@ class Hub:
             delay = min(delay * 2, 5.0)
 
     def _wake_all(self) -> None:
-        for waiters in self._waiters.values():
-            for wake in waiters:
-                wake.set()
+        for calls in list(self._calls.values()):
+            for call in list(calls):
+                call()

@@ -21,8 +21,9 @@ ErrorType = Literal[
     "publish_failed",  # the work could not be brought to the repository
     "deadline",  # the run's wall clock ran out
     "follow_up_failed",  # a message could not be delivered
-    "worker_lost",  # the worker that drove the run died
-    "worker_stopped",  # the worker was stopped while it drove the run
+    "worker_lost",  # the workers that drove the run died, again and again
+    "agent_lost",  # the agent was killed from outside, again and again
+    "resume_failed",  # what was kept of the run could not be brought back
     "internal_error",  # a bug of ours
 ]
 
@@ -37,6 +38,18 @@ class RunFailure(Exception):  # noqa: N818 - it is a run that fails, the program
         super().__init__(message)
         self.error_type: ErrorType = error_type
         self.message = message
+
+
+class AgentLost(Exception):  # noqa: N818 - the run goes on
+    """The agent's process was killed from outside, or its sandbox is gone."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class Leave(Exception):  # noqa: N818 - the run goes on
+    """The worker has to let go of the run for now: nothing is to do, or the worker stops."""
 
 
 class Ended(Exception):  # noqa: N818 - not an error

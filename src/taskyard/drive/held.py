@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,16 +15,45 @@ from taskyard.commands.store import Letter
 from taskyard.db.engine import AWAY, Database, Row, raise_cancelled
 from taskyard.db.hub import Hub, Wake
 from taskyard.drive.failures import storable
+from taskyard.drive.prompt import Message
 from taskyard.drive.recorder import Recorder
-from taskyard.runs import lifecycle
+from taskyard.events import entries
+from taskyard.events import store as events
+from taskyard.objects.interface import ObjectStore
+from taskyard.runs import lifecycle, resume
 from taskyard.runs import store as runs
-from taskyard.runs.store import Lease
+from taskyard.runs.resume import Turn
+from taskyard.runs.schemas import PENDING_KEYS
+from taskyard.runs.store import Claimed
 from taskyard.sandbox.provider import Provider
 from taskyard.settings import Settings
 from taskyard.tasks.present import as_object
 
 log = structlog.get_logger()
 T = TypeVar("T")
+
+
+class Drain:
+    """The stop of a worker, as its drivers hear of it."""
+
+    def __init__(self) -> None:
+        self.until: float | None = None
+        """Loop time until which turns may go on; None while the worker takes runs."""
+        self._wakes: set[Wake] = set()
+
+    def begin(self, patience_s: float) -> None:
+        """Tell every driver that the worker stops."""
+        self.until = asyncio.get_running_loop().time() + patience_s
+        for wake in self._wakes:
+            wake.set()
+
+    @contextmanager
+    def heard_by(self, wake: Wake) -> Iterator[None]:
+        self._wakes.add(wake)
+        try:
+            yield
+        finally:
+            self._wakes.discard(wake)
 
 
 @dataclass(frozen=True)
@@ -34,18 +64,32 @@ class Parts:
     database: Database
     hub: Hub
     provider: Provider
+    objects: ObjectStore
     worker: str
+    place: str
+    """Names the worker's data folder (sandbox/place.py)."""
+    drain: Drain
 
 
 class HeldRun:
-    def __init__(self, parts: Parts, lease: Lease, wake: Wake) -> None:
+    def __init__(self, parts: Parts, claimed: Claimed, wake: Wake) -> None:
         self.parts = parts
-        self.lease = lease
+        self.claimed = claimed
+        self.lease = lease = claimed.lease
         self.run_id = str(lease.run_id)
+        self.turn = Turn.of(claimed.turn)
+        """The newest turn; None before the first."""
+        self._told = True
+        """An agent was told the message of that turn, as far as is known."""
         self._wake = wake
         self.recorder = Recorder(parts.database, lease, on_lost=wake.set)
         self._renewal = asyncio.create_task(self._renew(), name=f"lease {self.run_id}")
         self._row: Row = {}
+
+    @property
+    def session_id(self) -> str:
+        """The agent's session; the run's own id while there is none."""
+        return self.run_id
 
     async def _renew(self) -> None:
         held, wait = True, runs.LEASE_S / 3
@@ -87,6 +131,79 @@ class HeldRun:
         if saved is not None:
             self._keep(saved)
         return saved is not None
+
+    async def _begin_turn(self, first: Message | None = None) -> Turn | None:
+        """Take the next message, or the `first` one, and remember it as the turn that is on; None when none waits.
+
+        One transaction takes it out of the mailbox, writes it to the record and remembers it: whatever happens to
+        this worker, it is neither lost nor delivered as new twice.
+        """
+        await self.recorder.flush()
+        number = self.turn.number + 1 if self.turn else 1
+
+        async def begin() -> tuple[Row | None, Turn] | None:
+            async with self.parts.database.transaction() as connection:
+                row = await runs.lock(connection, self.lease.run_id)
+                known = await resume.turn_of(connection, self.lease)
+                if known is not None and known.number == number:
+                    return None, known  # the answer to an earlier try was lost
+                if first is not None:
+                    message = first
+                    assert row is not None
+                    pending = [key for key in PENDING_KEYS if key in as_object(row["state"])]
+                    row = (
+                        await lifecycle.change(
+                            connection, self.lease.run_id, lease=self.lease, remove_state=pending
+                        )
+                        if pending
+                        else None
+                    )
+                elif (taken := await commands.take_message(connection, self.lease)) is not None:
+                    row, params = None, taken["params"]
+                    message = Message(str(params["content"]), params.get("artifacts") or ())
+                else:
+                    return None
+                text = message.text or "See the attached files."
+                update = {"sessionUpdate": "user_message_chunk", "content": {"type": "text", "text": text}}
+                entry = entries.session_update(self.session_id, update)
+                await events.append(connection, self.lease.run_id, [entry], generation=self.lease.generation)
+                turn = Turn(number, text, [dict(artifact) for artifact in message.artifacts])
+                await resume.set_turn(connection, self.lease, turn)
+                return row, turn
+
+        begun = await self._patiently(begin)
+        if begun is None:
+            return None
+        saved, self.turn = begun
+        self._told = False
+        if saved is not None:
+            self._keep(saved)
+        return self.turn
+
+    async def _end_turn(self, turn: Turn, **changes: Any) -> None:
+        """Record the end of the turn, with the changes of the run that belong to it."""
+        await self.recorder.flush()
+        ended = {"sessionId": self.session_id, "stopReason": turn.stop_reason}
+
+        async def end() -> Row | None:
+            async with self.parts.database.transaction() as connection:
+                await runs.lock(connection, self.lease.run_id)
+                known = await resume.turn_of(connection, self.lease)
+                if known is not None and not known.open:
+                    return None  # the answer to an earlier try was lost
+                entry = entries.named("_posthog/turn_complete", ended)
+                await events.append(connection, self.lease.run_id, [entry], generation=self.lease.generation)
+                await resume.set_turn(connection, self.lease, turn)
+                return (
+                    await lifecycle.change(connection, self.lease.run_id, lease=self.lease, **changes)
+                    if changes
+                    else None
+                )
+
+        saved = await self._patiently(end)
+        self.turn = turn
+        if saved is not None:
+            self._keep(saved)
 
     def _keep(self, saved: Row) -> None:
         self._row.update({name: saved[name] for name in ("status", "branch", "output")})

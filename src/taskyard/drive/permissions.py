@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from taskyard.agents.acp import METHOD_NOT_FOUND, AcpError
@@ -23,12 +24,19 @@ class Permissions:
 
     `attended` says whether somebody is there to ask: an interactive run has a person, a background run
     has none and allows. Approving a plan is always a person's business.
+
+    `asked` are requests that were open when the agent was stopped. The agent asks again when it goes on; a person
+    may answer the old request, before or after that: the answer is given to the one that asks the same.
     """
 
-    def __init__(self, recorder: Recorder, *, mode: str, attended: bool) -> None:
+    def __init__(self, recorder: Recorder, *, mode: str, attended: bool, asked: Sequence[Json] = ()) -> None:
         self._recorder = recorder
         self._ask = attended and mode in ASKING_MODES
         self._open: dict[str, tuple[Json, asyncio.Future[str]]] = {}
+        self._asked = list(asked)
+        self._decided: list[tuple[Json, str]] = []
+        self.opened_at = 0.0
+        """Loop time of the newest request that a person was asked."""
         self.answered_at = 0.0
         """Loop time of the last answer of a person; the agent was not silent before it."""
 
@@ -36,6 +44,11 @@ class Permissions:
     def waiting(self) -> bool:
         """Whether a person's answer is awaited; the agent's silence is then no fault."""
         return bool(self._open)
+
+    @property
+    def requests(self) -> list[Json]:
+        """The requests that wait for a person's answer."""
+        return [*(request for request, _ in self._open.values()), *self._asked]
 
     async def answer(self, method: str, params: Json) -> Json:
         """Serve one request of the agent."""
@@ -56,8 +69,13 @@ class Permissions:
     async def _ask_person(self, options: list[Json], tool_call: Json) -> str:
         request_id = uuid.uuid4().hex
         request = {"requestId": request_id, "options": options, "toolCall": tool_call}
+        for decided in self._decided:
+            if _same(decided[0], request):
+                self._decided.remove(decided)
+                return decided[1]
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._open[request_id] = (request, future)
+        self.opened_at = asyncio.get_running_loop().time()
         self._recorder.add(
             entries.raw({"type": "permission_request", **request}, Shown.STREAM),
             entries.named(
@@ -70,22 +88,54 @@ class Permissions:
             del self._open[request_id]
             self.answered_at = asyncio.get_running_loop().time()
 
+    def forget(self) -> None:
+        """The turn has ended: nothing of it is asked any more."""
+        self._asked.clear()
+        self._decided.clear()
+
     def resolve(self, params: Json) -> None:
         """A person's answer. Raises LookupError with a clear text when it fits no open request."""
-        for request_id, (request, future) in self._open.items():
-            tool_call_id = request["toolCall"].get("toolCallId")
-            if params.get("requestId") != request_id and params.get("toolCallId", "") != tool_call_id:
-                continue
-            known = [option.get("optionId") for option in request["options"]]
-            if params["optionId"] not in known:
-                raise LookupError(f"unknown optionId '{params['optionId']}'; the request offers {known}")
-            if not future.done():
+        old = next((request for request in self._asked if _is_meant(request, params)), None)
+        for request, future in self._open.values():
+            if (old is not None and _same(old, request)) or _is_meant(request, params):
+                if future.done():
+                    raise LookupError("this permission request was answered already")
+                self._settle(request, params["optionId"])
                 future.set_result(params["optionId"])
-                self._recorder.add(
-                    entries.named(
-                        "_posthog/permission_resolved",
-                        {"requestId": request_id, "toolCallId": tool_call_id, "optionId": params["optionId"]},
-                    )
+                break
+        else:
+            if old is None:
+                raise LookupError(
+                    "no such permission request is open: it was answered, or its turn has ended"
                 )
-            return
-        raise LookupError("no such permission request is open: it was answered, or its turn has ended")
+            self._settle(old, params["optionId"])
+            self._decided.append((old, params["optionId"]))
+        if old is not None:
+            self._asked.remove(old)
+
+    def _settle(self, request: Json, option_id: str) -> None:
+        known = [option.get("optionId") for option in request["options"]]
+        if option_id not in known:
+            raise LookupError(f"unknown optionId '{option_id}'; the request offers {known}")
+        resolved = {
+            "requestId": request["requestId"],
+            "toolCallId": request["toolCall"].get("toolCallId"),
+            "optionId": option_id,
+        }
+        self._recorder.add(entries.named("_posthog/permission_resolved", resolved))
+
+
+def _is_meant(request: Json, params: Json) -> bool:
+    """Whether a person's answer names this request, or its tool call."""
+    named: Any = params.get("requestId"), params.get("toolCallId", "")
+    return named[0] == request["requestId"] or bool(named[1] == request["toolCall"].get("toolCallId"))
+
+
+def _same(one: Json, other: Json) -> bool:
+    """Whether two requests ask the same: an agent that goes on gives its tool calls new ids."""
+
+    def asks(request: Json) -> Any:
+        call = request["toolCall"]
+        return [call.get("title"), call.get("kind"), call.get("rawInput"), request["options"]]
+
+    return bool(asks(one) == asks(other))

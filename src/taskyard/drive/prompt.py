@@ -56,3 +56,25 @@ def content_blocks(text: str) -> list[dict[str, Any]]:
         if isinstance(blocks, list) and blocks and all(isinstance(block, dict) for block in blocks):
             return blocks
     return [{"type": "text", "text": text}]
+
+
+INTERRUPTED = (
+    "The work on the last message was interrupted, because the machine it ran on was lost or restarted. Go on with it"
+    " now: look at what is done already, and do the rest. Programs that were running then have ended."
+)
+HISTORY = "This is what was said before in this task, by the user and by you; the newest is at the end:"
+
+
+def continuation(text: str) -> str:
+    """What an agent is told whose turn was interrupted. The message is quoted: it may not have been read."""
+    return f"{INTERRUPTED} The message was:\n\n{quoted(text)}"
+
+
+def with_history(history: str, text: str) -> str:
+    """A prompt for an agent that does not know the conversation so far."""
+    return f"{HISTORY}\n\n{quoted(history)}\n\nWhat follows is new.\n\n{text}" if history else text
+
+
+def quoted(text: str) -> str:
+    """Indented, so that it cannot be taken for what is said now."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -168,7 +168,7 @@ async def _take_over(
     limits = _limits(2 * max_bytes + 2**20)
     bundle = str(bundle_path)
     try:
-        async with _quarantine(mirror, base_commit) as quarantine:
+        async with _quarantine(mirror, base_commit, bundle_path.parent) as quarantine:
             await git("bundle", "verify", "--quiet", bundle, git_dir=quarantine, wrapper=limits)
             listed = await git("bundle", "list-heads", bundle, git_dir=quarantine)
             match = re.fullmatch(rb"([0-9a-f]{40}|[0-9a-f]{64}) HEAD\n", listed)
@@ -192,9 +192,9 @@ async def _take_over(
 
 
 @contextlib.asynccontextmanager
-async def _quarantine(mirror: Mirror, base_commit: str | None) -> AsyncIterator[Path]:
-    """An empty bare repository that sees the mirror's objects; removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="quarantine-", dir=mirror.path.parent) as name:
+async def _quarantine(mirror: Mirror, base_commit: str | None, folder: Path) -> AsyncIterator[Path]:
+    """An empty bare repository in `folder` that sees the mirror's objects; removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="quarantine-", dir=folder) as name:
         path = Path(name)
         format_ = (await mirror.git("rev-parse", "--show-object-format")).decode().strip()
         await git("init", "--quiet", "--bare", "--template=", f"--object-format={format_}", name)

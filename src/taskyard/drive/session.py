@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
+import structlog
+
 from taskyard.agents.acp import (
     AcpConnection,
     AcpError,
@@ -39,6 +41,7 @@ from taskyard.sandbox.programs import program_mounts
 from taskyard.sandbox.provider import Process, Sandbox
 from taskyard.settings import Settings, Upstream
 
+log = structlog.get_logger()
 Json = dict[str, Any]
 
 DEFAULT_AGENT = "claude"
@@ -58,7 +61,7 @@ class AgentSession:
         transcript: Transcript,
         permissions: Permissions,
     ) -> None:
-        self._adapter = adapter
+        self.adapter = adapter
         self._process = process
         self._connection = connection
         self._gateway = gateway
@@ -66,6 +69,10 @@ class AgentSession:
         self._closed = False
         self.permissions = permissions
         self.session = Session("")
+        self.loaded = False
+        """An earlier session goes on: the agent knows what was said in it."""
+        self.prompted = False
+        """It was told something since its process started."""
         self.version = ""
         self.prompted_at = asyncio.get_running_loop().time()
         self.gone = False
@@ -93,6 +100,7 @@ class AgentSession:
         """One turn."""
         self.prompted_at = asyncio.get_running_loop().time()
         self._transcript.begin_turn()
+        self.prompted = True
         try:
             return await self._connection.prompt(self.session_id, blocks)
         finally:
@@ -116,6 +124,13 @@ class AgentSession:
     def epitaph(self, message: str) -> str:
         return with_tail(message + ".", self._process.stderr_tail())
 
+    async def was_killed(self) -> bool:
+        """Whether the process was ended from outside, and did not end by itself."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                return (await self._process.wait()).reason == "killed"
+        return False
+
     async def obituary(self, message: str) -> str:
         """Why the process is gone: its exit code and the end of what it wrote to standard error."""
         try:
@@ -126,20 +141,25 @@ class AgentSession:
         reason = f"exit code {end.code}" if end.reason == "exited" else f"{end.reason}, exit code {end.code}"
         return with_tail(f"{message} ({reason}).", end.stderr_tail)
 
-    async def close(self) -> None:
-        """End the agent and everything it started. Idempotent."""
+    async def close(self, *, in_turn: bool = False) -> None:
+        """End the agent and everything it started. Idempotent.
+
+        in_turn: what it is doing goes on with another process, so it is not told to stop: it would remember that.
+        """
         if self._closed:
             return
         self._closed = True
         self._transcript.end_text()
         self._watch.cancel()
-        if self.session_id and not self.gone:
+        if in_turn:
+            await self._process.kill()
+        elif self.session_id and not self.gone:
             # Some agents' commands survive a cancel and end with the session.
             with suppress(TimeoutError, AcpError, AgentGoneError):
                 async with asyncio.timeout(CLOSE_SESSION_S):
                     await self._connection.close_session(self.session_id)
         await self._connection.close()
-        await self._process.terminate(self._adapter.exit_grace_s)
+        await self._process.terminate(self.adapter.exit_grace_s)
         await self._gateway.close()
 
     async def _watch_end(self) -> None:
@@ -148,22 +168,33 @@ class AgentSession:
 
 
 async def start_agent(
-    settings: Settings, database: Database, row: Row, sandbox: Sandbox, work: Work, recorder: Recorder
+    settings: Settings,
+    database: Database,
+    row: Row,
+    sandbox: Sandbox,
+    work: Work,
+    recorder: Recorder,
+    *,
+    session_id: str | None = None,
+    asked: Sequence[Json] = (),
 ) -> AgentSession:
     """Start the run's agent in its sandbox and open a session, each step within `runs.start_s`.
+
+    session_id: of an earlier session whose files are in the sandbox; a new one is opened when the agent cannot go on
+    with it. asked: permission requests of that session that were not answered.
 
     Raises RunFailure: environment_failed, agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
     agent_refused.
     """
     state = row["state"]
-    adapter = _adapter(settings, state)
+    adapter = adapter_of(settings, state)
     variables = await user_variables(settings, database, row, recorder)
     agent: AgentSession | None = None
     try:
         async with asyncio.timeout(settings.runs.start_s):
-            agent = await _spawn(settings, adapter, variables, row, sandbox, work, recorder)
+            agent = await _spawn(settings, adapter, variables, row, sandbox, work, recorder, asked)
             title = row["task"]["title"] or "Taskyard run"
-            await _open(agent, adapter, state, title, work.path, recorder)
+            await _open(agent, adapter, state, title, work.path, recorder, session_id)
     except AgentGoneError as error:
         assert agent is not None
         message = await agent.obituary(f"The agent '{adapter.name}' ended before it was ready")
@@ -185,7 +216,8 @@ async def start_agent(
             await asyncio.shield(agent.close())
 
 
-def _adapter(settings: Settings, state: Mapping[str, Any]) -> Adapter:
+def adapter_of(settings: Settings, state: Mapping[str, Any]) -> Adapter:
+    """The adapter of a run's agent. Raises RunFailure: agent_unknown."""
     name = state.get("agent") or state.get("runtime_adapter") or DEFAULT_AGENT
     adapter = adapters(settings).get(name)
     if adapter is None:
@@ -203,6 +235,7 @@ async def _spawn(
     sandbox: Sandbox,
     work: Work,
     recorder: Recorder,
+    asked: Sequence[Json],
 ) -> AgentSession:
     state = row["state"]
     try:
@@ -230,6 +263,7 @@ async def _spawn(
         recorder,
         mode=state.get("initial_permission_mode") or adapter.default_mode or "",
         attended=state.get("mode") == "interactive",
+        asked=asked,
     )
     connection = AcpConnection(
         process.stdout,
@@ -250,13 +284,17 @@ async def _open(
     title: str,
     cwd: str,
     recorder: Recorder,
+    session_id: str | None,
 ) -> None:
     """Handshake, session, title, permission mode, model and effort."""
     connection = agent._connection
     answer = await connection.initialize(adapter.initialize_meta)
     info = answer.get("agentInfo")
     agent.version = str(info.get("version", "")) if isinstance(info, dict) else ""
-    session = await connection.new_session(cwd, meta=adapter.new_session_meta)
+    session = await _earlier_session(agent, adapter, session_id, cwd) if session_id else None
+    agent.loaded = session is not None
+    if session is None:
+        session = await connection.new_session(cwd, meta=adapter.new_session_meta)
     agent.session = session
     await connection.set_title(session.id, title)
 
@@ -278,6 +316,17 @@ async def _open(
             told = f"{{{choice}}}" in str(adapter.launch_env)
             quiet = _ignore if told else note
             await _choose(connection, session, adapter.options.get(choice, ""), str(wanted), quiet)
+
+
+async def _earlier_session(
+    agent: AgentSession, adapter: Adapter, session_id: str, cwd: str
+) -> Session | None:
+    """The session that is to go on; None when the agent does not know it, or cannot do that."""
+    try:
+        return await agent._connection.load_session(session_id, cwd, meta=adapter.new_session_meta)
+    except AcpError as error:
+        log.info("an agent does not go on with its session", agent=adapter.name, reason=error.message)
+        return None
 
 
 def _ignore(_: str) -> None:
@@ -316,6 +365,8 @@ def _environment(adapter: Adapter, row: Row, sandbox: Sandbox, work: Work) -> di
         "no_proxy": "127.0.0.1,localhost",
     }
     env |= adapter.environment(state.get("model"), state.get("reasoning_effort"))
+    if previous := state.get("resume_from_run_id"):
+        env["POSTHOG_RESUME_RUN_ID"] = str(previous)
     if adapter.state_env and adapter.state_dir:
         env[adapter.state_env] = f"{sandbox.home}/{adapter.state_dir}"
     return env

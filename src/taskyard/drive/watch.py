@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 from taskyard.agents.acp import AcpError, AgentGoneError
 from taskyard.commands.store import Letter
 from taskyard.db.hub import Wake
-from taskyard.drive.failures import Ended, OutputGiven, RunFailure, with_tail
+from taskyard.drive.failures import AgentLost, Ended, Leave, OutputGiven, RunFailure, with_tail
 from taskyard.drive.held import HeldRun, Parts
 from taskyard.drive.session import AgentSession
 from taskyard.events.store import LeaseLostError
 from taskyard.runs import store as runs
-from taskyard.runs.store import Lease
+from taskyard.runs.store import Claimed
 
 T = TypeVar("T")
 
@@ -25,16 +25,22 @@ CANCEL_S = 10.0
 """An agent that was told to cancel has this long to end its turn."""
 URGENT = ("cancel", "close", "permission_response", "set_config_option")
 """Commands that do not wait for the turn to end."""
+MAX_INACTIVITY_S = 7200.0
 OBEY_S = 10.0
 """An agent that does not answer a command in this time does not hold up the watching of its run."""
 
 
 class WatchedRun(HeldRun):
-    def __init__(self, parts: Parts, lease: Lease, wake: Wake) -> None:
-        super().__init__(parts, lease, wake)
+    def __init__(self, parts: Parts, claimed: Claimed, wake: Wake) -> None:
+        super().__init__(parts, claimed, wake)
         self._limits = parts.settings.runs
         self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + self._limits.wall_clock_s
+        self._ends_at = self._loop.time() + self._limits.wall_clock_s - claimed.driven_s
+        self._deadline = self._ends_at
+        self._resumed = False
+        """What goes on here was begun by an earlier worker, or before the run slept."""
+        self._due_s = 0.0
+        """Seconds until the run ends by itself, if nothing happens."""
         self._agent: AgentSession | None = None
         self._turn = False
         self._cancelled_at: float | None = None
@@ -42,6 +48,20 @@ class WatchedRun(HeldRun):
         self._ending = False
         self._handed_over = False
         self._quiet_s: float | None = None
+        self._mail = False
+        """A command waited when the rows were looked at."""
+
+    @property
+    def session_id(self) -> str:
+        return (self._agent.session_id if self._agent else "") or self.run_id
+
+    @property
+    def _inactivity_s(self) -> float:
+        """How long the run waits for a message (run-lifecycle §2): its own limit, at most two hours."""
+        own = self._row["state"].get("inactivity_timeout_seconds")
+        if isinstance(own, (int, float)) and not isinstance(own, bool) and own > 0:
+            return min(float(own), MAX_INACTIVITY_S)
+        return self._limits.inactivity_s
 
     async def _attend(self, work: Coroutine[Any, Any, T], *, turn: bool = False) -> T:
         """Do something that takes time while commands, clocks and the lease are watched."""
@@ -53,8 +73,10 @@ class WatchedRun(HeldRun):
                 if not task.done():
                     await self._look()
                     self._check_deadline()
+                    self._check_drain()
                     if turn:
                         self._check_silence()
+                        self._check_waiting()
             return task.result()
         finally:
             if not task.done():
@@ -64,6 +86,8 @@ class WatchedRun(HeldRun):
 
     def _until_next_check(self, turn: bool) -> float:
         wait = min(LOOK_S, max(self._deadline - self._loop.time(), 0.01))
+        if not self._ending and (until := self.parts.drain.until) is not None:
+            wait = min(wait, max(until - self._loop.time(), 0.01))
         if turn:
             wait = min(wait, self._limits.agent_silence_s / 4, 1.0 if self._cancelled_at else LOOK_S)
         return wait
@@ -82,6 +106,11 @@ class WatchedRun(HeldRun):
         if seen.completing:
             raise OutputGiven
         self._quiet_s = seen.quiet_s
+        self._mail = seen.mail
+        if not seen.mail:
+            return
+        if self._agent is None and self._resumed:
+            return  # they wait until the agent is there again
         for letter in await self._take(*URGENT):
             result, error = None, None
             try:
@@ -131,6 +160,23 @@ class WatchedRun(HeldRun):
         if self._loop.time() >= self._deadline:
             raise RunFailure("deadline", f"The run took longer than {self._limits.wall_clock_s:g} seconds.")
 
-    def _check_agent_lives(self) -> None:
-        if self._agent is not None and self._agent.gone and not self._closed:
-            raise RunFailure("agent_crashed", self._agent.epitaph("The agent's process ended between turns"))
+    def _check_drain(self) -> None:
+        """A worker that stops lets turns go on for a while only."""
+        until = self.parts.drain.until
+        if until is not None and not self._ending and self._loop.time() >= until:
+            raise Leave
+
+    def _check_waiting(self) -> None:
+        """A turn that waits for a person's answer is let go of, as a run that waits for a message is."""
+        assert self._agent is not None
+        asked = self._agent.permissions
+        if asked.waiting and self._loop.time() - asked.opened_at > self._limits.suspend_after_s:
+            raise Leave
+
+    async def _check_agent_lives(self) -> None:
+        agent = self._agent
+        if agent is not None and agent.gone and not self._closed:
+            message = agent.epitaph("The agent's process ended between turns")
+            if await agent.was_killed():
+                raise AgentLost(message)
+            raise RunFailure("agent_crashed", message)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from taskyard.db.engine import Database, Row
 from taskyard.drive import publish as publishing
 from taskyard.drive import workspace as workspaces
 from taskyard.drive.publish import Published, branch_name
 from taskyard.drive.recorder import Recorder
-from taskyard.drive.workspace import IDENTITY, Workspace
+from taskyard.drive.workspace import IDENTITY, Workspace, WorkspaceError
 from taskyard.events import entries
 from taskyard.forge import service as forge
 from taskyard.forge.git import Mirror
@@ -30,8 +28,8 @@ class Work:
         self._task = row["task"]
         self._sandbox = sandbox
         self._recorder = recorder
-        self._mirror: Mirror | None = None
-        self._workspace: Workspace | None = None
+        self.mirror: Mirror | None = None
+        self.workspace: Workspace | None = None
         self._slug = slug(row["project_name"], self._task["task_number"])
         self._branch = branch_name(self._slug, str(row["id"]))
         output = row["output"] if isinstance(row["output"], dict) else {}
@@ -42,23 +40,42 @@ class Work:
     @property
     def path(self) -> str:
         """The agent's working directory, inside the sandbox."""
-        return self._sandbox.workspace if self._workspace is None else self._workspace.path
+        return self._sandbox.workspace if self.workspace is None else self.workspace.path
 
     @property
     def base_branch(self) -> str | None:
-        return None if self._workspace is None else self._workspace.base_branch
+        return None if self.workspace is None else self.workspace.base_branch
 
     async def check_out(self) -> None:
         """Clone the repository into the sandbox, at the run's base branch."""
-        repository = self._task["repository"]
-        origin = await forge.resolve(
-            self._database, self._settings.data_dir, self._row["project_id"], repository
-        )
-        self._mirror = Mirror.of(self._settings.data_dir, origin)
+        self.workspace = await self._clone(self._row["branch"])
+
+    async def check_out_again(self, base: Workspace) -> None:
+        """Clone it for a checkpoint that was made on `base`: its branch may have moved on, or be gone."""
+        try:
+            clone = await self._clone(base.base_branch)
+        except WorkspaceError:
+            clone = await self._clone(None)
+        self.workspace = Workspace(clone.path, base.base_branch, base.base_commit)
+
+    async def use_again(self, base: Workspace) -> None:
+        """Go on in the folder of a sandbox that is still there. Raises WorkspaceError when it is damaged."""
+        await workspaces.unlock(self._sandbox, base)
+        self.mirror = await self._find_mirror()
+        self.workspace = base
+
+    async def _clone(self, branch: str | None) -> Workspace:
+        self.mirror = await self._find_mirror()
         name, email = self.author
-        self._workspace = await workspaces.prepare(
-            self._sandbox, self._mirror, self._row["branch"], repository, user_name=name, user_email=email
+        return await workspaces.prepare(
+            self._sandbox, self.mirror, branch, self._task["repository"], user_name=name, user_email=email
         )
+
+    async def _find_mirror(self) -> Mirror:
+        origin = await forge.resolve(
+            self._database, self._settings.data_dir, self._row["project_id"], self._task["repository"]
+        )
+        return Mirror.of(self._settings.data_dir, origin)
 
     @property
     def author(self) -> tuple[str, str]:
@@ -72,28 +89,25 @@ class Work:
 
     async def publish(self) -> Published | None:
         """Commit what is left, and bring new commits to the run's branch; None when there is nothing new."""
-        if self._workspace is None or self._mirror is None:
+        if self.workspace is None or self.mirror is None:
             return None
         left = await workspaces.commit_leftovers(
-            self._sandbox, self._workspace, self._slug, self._task["title"]
+            self._sandbox, self.workspace, self._slug, self._task["title"]
         )
         if left.note:
             self._recorder.add(entries.console(str(self._row["id"]), "warn", left.note))
-        bundle = await workspaces.bundle(self._sandbox, self._workspace)
-        if bundle is None:
-            return None
-        try:
+        async with workspaces.bundle(self._sandbox, self.workspace) as bundle:
+            if bundle is None:
+                return None
             published = await publishing.publish(
-                self._mirror,
+                self.mirror,
                 bundle,
-                self._workspace.base_commit,
+                self.workspace.base_commit,
                 self._branch,
                 run_id=str(self._row["id"]),
-                base_branch=self._workspace.base_branch,
+                base_branch=self.workspace.base_branch,
                 previous=self._published,
             )
-        finally:
-            await asyncio.to_thread(bundle.unlink, missing_ok=True)
         news = published.commit != self._published
         self._published = published.commit
         return published if news else None

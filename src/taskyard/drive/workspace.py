@@ -7,18 +7,16 @@ path to be opened.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 import re
-import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from taskyard.drive.inside import NOTHING, TooLargeError, TooSlowError, output_file, run, said, script
 from taskyard.errors import TaskyardError
-from taskyard.forge.git import BranchNotFoundError, GitError, Mirror, config_environment, masked
-from taskyard.sandbox.provider import Exit, Mount, Process, Sandbox
+from taskyard.forge.git import BranchNotFoundError, GitError, Mirror
+from taskyard.sandbox.provider import Mount, Sandbox
 
 MIRROR_INSIDE = "/run/taskyard/mirror.git"
 TIMEOUT_S = 300.0
@@ -26,29 +24,6 @@ TIMEOUT_S = 300.0
 MAX_BUNDLE = 1024 * 1024 * 1024
 IDENTITY = ("Taskyard", "taskyard@localhost")
 """Name and e-mail of commits that the server makes."""
-
-_CHUNK = 1024 * 1024
-_MAX_OUTPUT = 64 * 1024
-_NOTHING = 3
-"""Exit status of our scripts for "there is nothing to do"; git itself uses 1, 128 and 129."""
-
-# Best effort only, for predictable results: the agent can run anything in there anyway.
-_ENVIRONMENT = {
-    "LC_ALL": "C",
-    "GIT_CONFIG_GLOBAL": "/dev/null",
-    "GIT_CONFIG_NOSYSTEM": "1",
-    "GIT_TERMINAL_PROMPT": "0",
-    "GIT_EDITOR": "true",
-    "GIT_NO_REPLACE_OBJECTS": "1",
-    **config_environment((
-        ("core.hooksPath", "/dev/null"),
-        ("core.fsmonitor", "false"),
-        ("core.bare", "false"),
-        ("commit.gpgSign", "false"),
-        ("gc.auto", "0"),
-        ("maintenance.auto", "false"),
-    )),
-}  # fmt: skip
 
 
 class WorkspaceError(TaskyardError):
@@ -134,47 +109,51 @@ async def prepare(
 
     options = ["--single-branch", f"--branch={branch}"] if commit is not None else []
     mount = Mount(mirror.path, MIRROR_INSIDE)
-    code, _, said = await _run(
-        sandbox, _script(_CLONE, path, MIRROR_INSIDE, *options), mounts=(mount,), timeout=timeout
+    code, _, reason = await run(
+        sandbox, script(_CLONE, path, MIRROR_INSIDE, *options), mounts=(mount,), timeout=timeout
     )
     if code != 0:
-        raise WorkspaceError(f"Failed to clone repository {repository}: {said}")
+        raise WorkspaceError(f"Failed to clone repository {repository}: {reason}")
 
     url = mirror.origin.display if mirror.origin.kind == "url" else repository
-    checkout = _script(_CHECKOUT, branch, commit or "", url, user_name, user_email)
-    code, _, said = await _run(sandbox, checkout, cwd=path, timeout=timeout)
+    checkout = script(_CHECKOUT, branch, commit or "", url, user_name, user_email)
+    code, _, reason = await run(sandbox, checkout, cwd=path, timeout=timeout)
     if code != 0:
-        raise WorkspaceError(f"Failed to checkout branch {branch}: {said}")
+        raise WorkspaceError(f"Failed to checkout branch {branch}: {reason}")
     return Workspace(path, branch, commit)
 
 
-# $1 = path, $2 = message. Prints notes, one a line; exit status _NOTHING: there was nothing to commit.
-_COMMIT = """
+# $1 = path. The agent is gone, so whoever made these locks is gone too.
+_UNLOCK = """
 gone() { echo "the repository in the workspace is gone or damaged" >&2; exit 128; }
 cd -- "$1" && dir=$(git rev-parse --absolute-git-dir) || gone
 common=$(git rev-parse --path-format=absolute --git-common-dir) || gone
-
-# The agent is gone, so whoever made these locks is gone too.
 rm -f -- "$dir/index.lock" "$dir/HEAD.lock" "$common/packed-refs.lock" "$common/config.lock"
 find "$common/refs" -name '*.lock' -type f -delete 2>/dev/null
+"""
 
+# A repository inside the repository would enter as a link to a commit that nobody else has, and an empty
+# one would make `git add` fail altogether.
+ADD = """
+{ printf '.\\0'
+  find . -mindepth 2 -name .git -prune -print0 | sed -z 's,/\\.git$,,; s,^\\./,:(exclude\\,top\\,literal),'
+} | git add --all --ignore-errors --pathspec-from-file=- --pathspec-file-nul"""
+
+# $1 = path, $2 = message. Prints notes, one a line; exit status NOTHING: there was nothing to commit.
+_COMMIT = f"""{_UNLOCK}
 if [ -d "$dir/rebase-merge" ] || [ -d "$dir/rebase-apply" ]; then
   if git rebase --abort >/dev/null 2>&1; then echo rebase-aborted; else echo rebase; fi
 fi
 for state in MERGE CHERRY_PICK REVERT; do
-  if [ -f "$dir/${state}_HEAD" ]; then echo "$state"; fi
+  if [ -f "$dir/${{state}}_HEAD" ]; then echo "$state"; fi
 done
 
-# A repository inside the repository would enter as a link to a commit that nobody else has, and an empty
-# one would make `git add` fail altogether.
-{ printf '.\\0'
-  find . -mindepth 2 -name .git -prune -print0 | sed -z 's,/\\.git$,,; s,^\\./,:(exclude\\,top\\,literal),'
-} | git add --all --ignore-errors --pathspec-from-file=- --pathspec-file-nul || echo unreadable
+{ADD} || echo unreadable
 
 head=$(git rev-parse --quiet --verify HEAD)
 if [ ! -f "$dir/MERGE_HEAD" ]; then
   if [ -n "$head" ]; then
-    [ "$(git write-tree)" != "$(git rev-parse "$head^{tree}")" ] || exit 3
+    [ "$(git write-tree)" != "$(git rev-parse "$head^{{tree}}")" ] || exit 3
   else
     [ -n "$(git ls-files | head -c 1)" ] || exit 3
   fi
@@ -190,6 +169,15 @@ _NOTES = {
     "REVERT": "A revert was still in progress; files may contain conflict markers.",
     "unreadable": "Some files could not be read and are missing from the commit.",
 }
+
+
+async def unlock(sandbox: Sandbox, workspace: Workspace, *, timeout: float = TIMEOUT_S) -> None:
+    """Remove the locks of git processes that were killed. Raises WorkspaceError when the repository is gone."""
+    code, _, reason = await run(
+        sandbox, script(_UNLOCK + "exit 0", workspace.path), env=bounded(workspace), timeout=timeout
+    )
+    if code != 0:
+        raise WorkspaceError(f"The workspace cannot be used again: {reason}")
 
 
 async def commit_leftovers(
@@ -210,11 +198,11 @@ async def commit_leftovers(
     env = {
         "GIT_AUTHOR_NAME": name, "GIT_AUTHOR_EMAIL": email, "GIT_COMMITTER_NAME": name, "GIT_COMMITTER_EMAIL": email,
     }  # fmt: skip
-    code, output, said = await _run(
-        sandbox, _script(_COMMIT, workspace.path, message), env=_bounded(workspace, env), timeout=timeout
+    code, output, reason = await run(
+        sandbox, script(_COMMIT, workspace.path, message), env=bounded(workspace, env), timeout=timeout
     )
-    if code not in {0, _NOTHING}:
-        raise PublishError(f"The agent's changes could not be committed: {said}")
+    if code not in {0, NOTHING}:
+        raise PublishError(f"The agent's changes could not be committed: {reason}")
     notes = [_NOTES[line] for line in output.decode("utf-8", "replace").splitlines() if line in _NOTES]
     return Leftovers(committed=code == 0, note=" ".join(dict.fromkeys(notes)) or None)
 
@@ -229,6 +217,7 @@ exec git bundle create --quiet - HEAD $2
 """
 
 
+@contextlib.asynccontextmanager
 async def bundle(
     sandbox: Sandbox,
     workspace: Workspace,
@@ -236,43 +225,32 @@ async def bundle(
     *,
     folder: Path | None = None,
     timeout: float = TIMEOUT_S,
-) -> Path | None:
+) -> AsyncIterator[Path | None]:
     """Carry the commits of HEAD that are not in the base out of the sandbox, as a git bundle.
 
-    Returns a new file in `folder` (default: the temporary folder), which the caller removes; None when
-    HEAD has no commit that the base does not have. The content is the agent's word only: hand it to
-    `publish`. Raises PublishError, and leaves no file, if it fails or is larger than max_bytes.
+    Gives a file in `folder` (default: the sandbox's `scratch`), removed afterwards; None when HEAD has no commit
+    that the base does not have. The content is the agent's word only: hand it to
+    `publish`. Raises PublishError if it fails or is larger than max_bytes.
     """
     excluded = f"^{workspace.base_commit}" if workspace.base_commit is not None else ""
-    descriptor, name = await asyncio.to_thread(tempfile.mkstemp, ".bundle", "taskyard-", folder)
-    path = Path(name)
-    keep = False
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            async with asyncio.timeout(timeout), _started(
-                sandbox, _script(_BUNDLE, workspace.path, excluded), env=_bounded(workspace)
-            ) as process:  # fmt: skip
-                size = 0
-                while chunk := await process.stdout.read(_CHUNK):
-                    size += len(chunk)
-                    if size > max_bytes:
-                        raise PublishError(
-                            f"The commits of the run are larger than the limit of {max_bytes / 2**20:g} MB."
-                            " Large files probably were committed by mistake."
-                        )
-                    await asyncio.to_thread(file.write, chunk)
-                exit_ = await process.wait()
-        if exit_.code == _NOTHING and size == 0:
-            return None
-        if exit_.code != 0:
-            raise PublishError(f"The commits of the run could not be bundled: {_said(exit_)}")
-        keep = True
-    except TimeoutError:
-        raise PublishError(f"Bundling the commits of the run took longer than {timeout:g} seconds.") from None
-    finally:
-        if not keep:
-            await asyncio.to_thread(path.unlink, missing_ok=True)
-    return path
+        async with output_file(
+            sandbox, script(_BUNDLE, workspace.path, excluded),
+            env=bounded(workspace), timeout=timeout, max_bytes=max_bytes, folder=folder, suffix=".bundle",
+        ) as (path, exit_, size):  # fmt: skip
+            if exit_.code == NOTHING and size == 0:
+                yield None
+                return
+            if exit_.code != 0:
+                raise PublishError(f"The commits of the run could not be bundled: {said(exit_)}")
+            yield path
+    except TooLargeError:
+        raise PublishError(
+            f"The commits of the run are larger than the limit of {max_bytes / 2**20:g} MB."
+            " Large files probably were committed by mistake."
+        ) from None
+    except TooSlowError as error:
+        raise PublishError(f"Bundling the commits of the run took {error.detail}.") from None
 
 
 def _folder(repository: str) -> str:
@@ -286,55 +264,6 @@ def _folder(repository: str) -> str:
     return "/".join(parts)
 
 
-def _script(text: str, *args: str) -> list[str]:
-    return ["/bin/sh", "-c", text, "sh", *args]
-
-
-def _bounded(workspace: Workspace, env: dict[str, str] | None = None) -> dict[str, str]:
+def bounded(workspace: Workspace, env: dict[str, str] | None = None) -> dict[str, str]:
     """Environment in which git looks for its repository in the workspace only, not above it."""
     return {"GIT_CEILING_DIRECTORIES": workspace.path.rpartition("/")[0], **(env or {})}
-
-
-@contextlib.asynccontextmanager
-async def _started(
-    sandbox: Sandbox,
-    argv: Sequence[str],
-    *,
-    env: dict[str, str] | None = None,
-    cwd: str | None = None,
-    mounts: Sequence[Mount] = (),
-) -> AsyncIterator[Process]:
-    process = await sandbox.exec(argv, env={**_ENVIRONMENT, **(env or {})}, cwd=cwd, mounts=mounts)
-    try:
-        yield process
-    finally:
-        await process.kill()
-
-
-async def _run(
-    sandbox: Sandbox,
-    argv: Sequence[str],
-    *,
-    timeout: float,
-    env: dict[str, str] | None = None,
-    cwd: str | None = None,
-    mounts: Sequence[Mount] = (),
-) -> tuple[int, bytes, str]:
-    """Exit code (-1: out of time), the first _MAX_OUTPUT bytes of standard output, why it failed in words."""
-    output = b""
-    try:
-        async with (
-            asyncio.timeout(timeout),
-            _started(sandbox, argv, env=env, cwd=cwd, mounts=mounts) as process,
-        ):
-            while chunk := await process.stdout.read(_CHUNK):
-                output = (output + chunk)[:_MAX_OUTPUT]
-            exit_ = await process.wait()
-    except TimeoutError:
-        return -1, output, f"it took longer than {timeout:g} seconds"
-    return exit_.code, output, _said(exit_)
-
-
-def _said(exit_: Exit) -> str:
-    why = {"oom": "it ran out of memory. ", "killed": "it was killed. "}.get(exit_.reason, "")
-    return why + (masked(exit_.stderr_tail).strip() or f"exit status {exit_.code}")

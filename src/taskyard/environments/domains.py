@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
+from taskyard.db.engine import Row
+from taskyard.gateway.hosts import HostRules
+from taskyard.gateway.policy import Network
 from taskyard.settings import Settings
 
 
@@ -32,3 +35,22 @@ def effective(
     if level == "trusted":
         return list(defaults)
     return list(dict.fromkeys([*allowed, *(defaults if include_default else ())]))
+
+
+def network(settings: Settings, environment: Row | None) -> Network:
+    """What a run with this environment, or without one, may reach.
+
+    An empty list of a custom environment allows nothing: the run then has its model APIs and its repository only.
+    """
+    level: str = settings.network.default if environment is None else environment["network_access_level"]
+    internal = HostRules(settings.network.internal_hosts, None)
+    limit = settings.network.max_bytes
+    if level in ("full", "none"):
+        return Network("full" if level == "full" else "none", internal=internal, max_bytes=limit)
+    allowed, include = (
+        ([], False)
+        if environment is None
+        else (environment["allowed_domains"], environment["include_default_domains"])
+    )
+    names = effective(level, allowed, include, trusted(settings))
+    return Network("listed", HostRules(names), internal, limit)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from taskyard.accounts.present import timestamp, user_basic
 from taskyard.db.engine import Row
 from taskyard.environments.domains import effective
-from taskyard.tasks.present import timestamp, user_basic
 
 Json = dict[str, Any]
 
@@ -25,6 +25,7 @@ def environment(row: Row, defaults: Sequence[str]) -> Json:
         "repositories": row["repositories"],
         "has_environment_variables": row["has_variables"],
         "private": row["private"],
+        "worker_pool": row["worker_pool"],
         "internal": row["internal"],
         "effective_domains": effective(
             row["network_access_level"], row["allowed_domains"], row["include_default_domains"], defaults

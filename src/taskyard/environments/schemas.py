@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from taskyard.schemas import Body, Filled, NotNull
+from taskyard.settings import Pool
 
 MAX_VALUE_BYTES = 100_000
 """Linux takes at most 128 KiB for one variable."""
@@ -71,6 +72,8 @@ class EnvironmentUpdate(Body):
         default_factory=dict
     )
     private: bool = True
+    worker_pool: Pool | None = None
+    """Addition of ours: only workers of this pool drive runs in the environment; default: those of `default`."""
 
 
 class EnvironmentCreate(EnvironmentUpdate):

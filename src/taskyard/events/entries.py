@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntFlag
 from typing import Any, Literal
@@ -25,6 +25,17 @@ class Shown(IntFlag):
 
 
 @dataclass(frozen=True, slots=True)
+class Filter:
+    """Which entries of a log a reader wants (tasks-api §6.3)."""
+
+    after: datetime | None = None
+    """Only entries with a later time."""
+    kinds: list[str] = field(default_factory=list)
+    """Only these kinds; empty: all."""
+    without: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One line of the record. `kind` and `stamp` are what the session view filters by (tasks-api §6.3)."""
 
@@ -34,10 +45,13 @@ class Entry:
     stamp: datetime | None = None
 
 
+_FINITE = json.JSONEncoder(allow_nan=False)
+
+
 def encode(value: Any) -> str:
     """JSON as the stream carries it: one line, blank after `,` and `:`, non-ASCII escaped."""
     try:
-        return json.dumps(value, allow_nan=False)
+        return _FINITE.encode(value)
     except ValueError:
         # A number like 1e999 was read as infinity, which JSON cannot say.
         return json.dumps(_finite(value))

@@ -6,16 +6,17 @@ numbers: a reader that has seen number n never misses a smaller one that commits
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, LiteralString
 from uuid import UUID
 
-from taskyard.db.engine import Connection, Database, Row
+import msgspec
+
+from taskyard.db.engine import Connection, Database
 from taskyard.errors import TaskyardError
-from taskyard.events.entries import Entry, Shown
+from taskyard.events.archive import Archived
+from taskyard.events.entries import Entry, Filter, Shown
 
 
 class LeaseLostError(TaskyardError):
@@ -24,20 +25,22 @@ class LeaseLostError(TaskyardError):
     code = "lease_lost"
 
 
-APPEND = """
+# The entries are one JSON text, because a list of texts costs the driver a hundred times as much.
+APPEND: LiteralString = """
 WITH cursor AS (
     UPDATE run_cursors
-    SET last_seq = last_seq + cardinality(%(data)s::text[]),
+    SET last_seq = last_seq + %(count)s,
         last_ms = greatest(last_ms, floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint),
         heartbeat_at = CASE WHEN %(heartbeat)s THEN clock_timestamp() ELSE heartbeat_at END
     WHERE run_id = %(run)s AND (%(generation)s::int IS NULL OR generation = %(generation)s)
     RETURNING last_seq, last_ms
 ), added AS (
     INSERT INTO events (run_id, seq, at_ms, shown, data, kind, stamp)
-    SELECT %(run)s, cursor.last_seq - cardinality(%(data)s::text[]) + item.n, cursor.last_ms, item.shown,
+    SELECT %(run)s, cursor.last_seq - %(count)s + item.n, cursor.last_ms, item.shown,
         item.data, item.kind, item.stamp
-    FROM cursor, unnest(%(data)s::text[], %(shown)s::smallint[], %(kind)s::text[], %(stamp)s::timestamptz[])
-        WITH ORDINALITY AS item (data, shown, kind, stamp, n)
+    FROM cursor, ROWS FROM (
+        json_to_recordset(%(items)s::json) AS (data text, shown smallint, kind text, stamp timestamptz)
+    ) WITH ORDINALITY AS item (data, shown, kind, stamp, n)
 )
 SELECT last_seq, CASE WHEN %(streamed)s THEN pg_notify('taskyard', 'e:' || %(run)s::text) END FROM cursor
 """
@@ -56,21 +59,27 @@ async def append(
     With a generation, only while that generation still holds the run: LeaseLostError otherwise. A heartbeat
     says that somebody outside works on the run: its clock of inactivity starts again.
     """
-    logged = [bool(entry.shown & Shown.LOG) for entry in entries]
     params = {
         "run": run_id,
         "generation": generation,
         "heartbeat": heartbeat,
-        "streamed": any(entry.shown & Shown.STREAM for entry in entries),
-        "data": [entry.data for entry in entries],
-        "shown": [int(entry.shown) for entry in entries],
-        "kind": [entry.kind if log else None for entry, log in zip(entries, logged, strict=True)],
-        "stamp": [entry.stamp if log else None for entry, log in zip(entries, logged, strict=True)],
+        "streamed": any(int(entry.shown) & Shown.STREAM.value for entry in entries),
+        "count": len(entries),
+        "items": msgspec.json.encode([_item(entry) for entry in entries]).decode(),
     }
     row = await (await connection.execute(APPEND, params)).fetchone()
     if row is None:
         raise LeaseLostError
     return int(row["last_seq"])
+
+
+def _item(entry: Entry) -> dict[str, Any]:
+    # Plain numbers: operators of flags are slow.
+    item: dict[str, Any] = {"data": entry.data, "shown": int(entry.shown)}
+    if item["shown"] & Shown.LOG.value:
+        item["kind"] = entry.kind
+        item["stamp"] = None if entry.stamp is None else entry.stamp.isoformat()
+    return item
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +95,92 @@ class Stored:
         return f"{self.at_ms}-{self.seq}"
 
 
+PAGE = 250
+"""Entries; it stands in READ, too."""
+PAGE_BYTES = 64 * 1024
+ALL = 2**63 - 1
+EVERYTHING = Filter()
+
+MATCHES: LiteralString = (
+    "(%(stamped)s::timestamptz IS NULL OR stamp > %(stamped)s)"
+    " AND (cardinality(%(kinds)s::text[]) = 0 OR coalesce(kind, '') = ANY(%(kinds)s::text[]))"
+    " AND coalesce(kind, '') <> ALL(%(without)s::text[])"
+)
+
+READ: LiteralString = (
+    "SELECT c.last_seq AS newest, r.status IN ('completed', 'failed', 'cancelled') AS ended,"
+    " coalesce(c.leased_until >= clock_timestamp(), false) AS held, to_json(a) AS archived,"
+    " e.seq, e.at_ms, e.data, e.found"
+    " FROM runs r JOIN run_cursors c ON c.run_id = r.id"
+    " LEFT JOIN archived_events a ON a.run_id = r.id AND a.last_seq > %(after)s"
+    " LEFT JOIN LATERAL ("
+    "SELECT seq, at_ms, data, count(*) OVER () AS found,"
+    # The length is known without reading a long text.
+    " sum(octet_length(data)) OVER (ORDER BY seq) - octet_length(data) AS bytes_before FROM ("
+    "SELECT seq, at_ms, data FROM events WHERE run_id = r.id AND a.run_id IS NULL"
+    " AND seq > %(after)s AND seq <= %(last)s AND shown & %(shown)s <> 0 AND "
+    + MATCHES
+    # A number in the text, so that the planner knows how few rows are wanted.
+    + " ORDER BY seq LIMIT 250"
+)
+READ_REST: LiteralString = ") found) e ON e.bytes_before < %(bytes)s WHERE r.id = %(run)s ORDER BY e.seq"
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The next entries of a record, and what is known of it at the same moment."""
+
+    items: list[Stored]
+    more: bool
+    """There are entries behind these."""
+    newest: int
+    """The number of the newest entry of the whole record."""
+    ended: bool
+    """The run has ended."""
+    held: bool
+    """A worker still has it."""
+    archived: Archived | None
+    """Where the next entries are instead of in the table; then `items` is empty."""
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come."""
+        return self.ended and not self.held
+
+
+async def page(
+    database: Database,
+    run_id: UUID,
+    shown: Shown,
+    *,
+    after: int,
+    limit: int = PAGE,
+    wanted: Filter = EVERYTHING,
+    last: int = ALL,
+    offset: int = 0,
+) -> Page:
+    """Up to `limit` entries above the number `after`, of about PAGE_BYTES, one at least. One statement, one snapshot.
+
+    For the events room itself: everybody else reads through `record.Record`, which also knows the archive.
+    """
+    rows = await database.fetch(
+        READ + " OFFSET %(offset)s" + READ_REST if offset else READ + READ_REST,
+        **_matching(run_id, wanted),
+        shown=int(shown), after=after, last=last, offset=offset, bytes=PAGE_BYTES,
+    )  # fmt: skip
+    if not rows:
+        return Page([], False, after, True, False, None)
+    first = rows[0]
+    archived = None if first["archived"] is None else msgspec.convert(first["archived"], Archived)
+    if first["seq"] is None:
+        return Page([], False, first["newest"], first["ended"], first["held"], archived)
+    items = [Stored(row["seq"], row["at_ms"], row["data"]) for row in rows[:limit]]
+    more = len(items) < first["found"] or first["found"] == PAGE
+    return Page(items, more, first["newest"], first["ended"], first["held"], archived)
+
+
 async def read(database: Database, run_id: UUID, shown: Shown, *, after: int, limit: int) -> list[Stored]:
-    """Up to `limit` entries with a number above `after`, in order."""
+    """Up to `limit` entries of a run that goes on, above the number `after`, in order; nothing that is archived."""
     rows = await database.fetch(
         "SELECT seq, at_ms, data FROM events"
         " WHERE run_id = %(run)s AND seq > %(after)s AND shown & %(shown)s <> 0 ORDER BY seq LIMIT %(limit)s",
@@ -96,40 +189,8 @@ async def read(database: Database, run_id: UUID, shown: Shown, *, after: int, li
     return [Stored(row["seq"], row["at_ms"], row["data"]) for row in rows]
 
 
-PAGE = 250
-
-
-async def pages(database: Database, run_id: UUID, shown: Shown) -> AsyncIterator[list[Stored]]:
-    """The whole record of a run in pages, never more than one page in memory."""
-    after = 0
-    # A reader that leaves cancels this; without the shield its database connection would be broken off with it.
-    while page := await asyncio.shield(read(database, run_id, shown, after=after, limit=PAGE)):
-        yield page
-        if len(page) < PAGE:
-            return
-        after = page[-1].seq
-
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Which entries of a log a reader wants (tasks-api §6.3)."""
-
-    after: datetime | None = None
-    """Only entries with a later time."""
-    kinds: list[str] = field(default_factory=list)
-    """Only these kinds; empty: all."""
-    without: list[str] = field(default_factory=list)
-
-
-MATCHES: LiteralString = (
-    "(%(after)s::timestamptz IS NULL OR stamp > %(after)s)"
-    " AND (cardinality(%(kinds)s::text[]) = 0 OR coalesce(kind, '') = ANY(%(kinds)s::text[]))"
-    " AND coalesce(kind, '') <> ALL(%(without)s::text[])"
-)
-
-
 def _matching(run_id: UUID, wanted: Filter) -> dict[str, Any]:
-    return {"run": run_id, "after": wanted.after, "kinds": wanted.kinds, "without": wanted.without}
+    return {"run": run_id, "stamped": wanted.after, "kinds": wanted.kinds, "without": wanted.without}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,41 +202,39 @@ class Counts:
     last: int
 
 
-async def count(database: Database, run_id: UUID, wanted: Filter) -> Counts:
+async def count(database: Database, run_id: UUID, wanted: Filter) -> tuple[Counts, Archived | None]:
+    """Counts of what is in the table, and what is archived at the same moment."""
     row = await database.fetch_one(
-        "SELECT count(*) AS total, count(*) FILTER (WHERE "
+        "SELECT t.*, to_json(a) AS archived FROM (SELECT count(*) AS total, count(*) FILTER (WHERE "
         + MATCHES
-        + ") AS matching, coalesce(max(seq), 0) AS last FROM events WHERE run_id = %(run)s AND shown & 1 <> 0",
+        + ") AS matching, coalesce(max(seq), 0) AS last FROM events WHERE run_id = %(run)s AND shown & 1 <> 0) t"
+        " LEFT JOIN archived_events a ON a.run_id = %(run)s",
         **_matching(run_id, wanted),
     )
     assert row is not None
-    return Counts(row["total"], row["matching"], row["last"])
+    archived = None if row["archived"] is None else msgspec.convert(row["archived"], Archived)
+    return Counts(row["total"], row["matching"], row["last"]), archived
 
 
-async def matching(
-    database: Database, run_id: UUID, wanted: Filter, *, last: int, limit: int, offset: int
-) -> AsyncIterator[list[str]]:
-    """The texts of `limit` matching entries up to the number `last`, in pieces, after skipping `offset`."""
-    query: LiteralString = (
-        "SELECT seq, data FROM events WHERE run_id = %(run)s AND seq > %(above)s AND seq <= %(last)s"
-        " AND shown & 1 <> 0 AND " + MATCHES + " ORDER BY seq LIMIT %(limit)s OFFSET %(offset)s"
-    )
-    params = _matching(run_id, wanted) | {"above": 0, "last": last}
-    while limit > 0:
-        size = min(limit, PAGE)
-        rows: list[Row] = await asyncio.shield(database.fetch(query, **params, limit=size, offset=offset))
-        if rows:
-            yield [row["data"] for row in rows]
-        if len(rows) < size:
-            return
-        limit, offset, params["above"] = limit - size, 0, rows[-1]["seq"]
+TALK: LiteralString = "('session/prompt', 'user_message', 'user_message_chunk', 'agent_message')"
+"""Kinds of entries in which a person and an agent talk."""
 
 
 async def has_turns(database: Database, run_id: UUID) -> bool:
     """Whether a person and an agent have talked in this run, as its log has it."""
     row = await database.fetch_one(
+        "SELECT 1 FROM events WHERE run_id = %(run)s AND shown & 1 <> 0 AND kind IN " + TALK + ""
+        " UNION ALL SELECT 1 FROM archived_events WHERE run_id = %(run)s AND talked LIMIT 1",
+        run=run_id,
+    )
+    return row is not None
+
+
+async def has_log(database: Database, run_id: UUID) -> bool:
+    """Whether the log of a run has an entry."""
+    row = await database.fetch_one(
         "SELECT 1 FROM events WHERE run_id = %(run)s AND shown & 1 <> 0"
-        " AND kind IN ('session/prompt', 'user_message', 'user_message_chunk', 'agent_message') LIMIT 1",
+        " UNION ALL SELECT 1 FROM archived_events WHERE run_id = %(run)s AND log_entries > 0 LIMIT 1",
         run=run_id,
     )
     return row is not None
@@ -184,17 +243,6 @@ async def has_turns(database: Database, run_id: UUID) -> bool:
 async def last_seq(database: Database, run_id: UUID) -> int:
     row = await database.fetch_one("SELECT last_seq FROM run_cursors WHERE run_id = %(run)s", run=run_id)
     return 0 if row is None else int(row["last_seq"])
-
-
-async def is_over(database: Database, run_id: UUID) -> bool:
-    """True when nothing more will come: the run has ended and no worker holds it any more."""
-    row = await database.fetch_one(
-        "SELECT r.status IN ('completed', 'failed', 'cancelled')"
-        " AND (c.leased_until IS NULL OR c.leased_until < clock_timestamp()) AS over"
-        " FROM runs r JOIN run_cursors c ON c.run_id = r.id WHERE r.id = %(run)s",
-        run=run_id,
-    )
-    return row is None or bool(row["over"])
 
 
 # --- upload of events (tasks-api §6.8) -------------------------------------------------------------------

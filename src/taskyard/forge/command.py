@@ -98,6 +98,8 @@ def config_environment(config: Iterable[tuple[str, str]]) -> dict[str, str]:
 # By a shell, because not every event loop can set the mask of a child.
 _NOT_FOUND = 127
 _READABLE = ("sh", "-c", 'umask 022 && exec "$@"', "sh")
+# The locks of mirrors end with the server, so git must, too; at SIGTERM it removes its own locks.
+_MORTAL = ("setpriv", "--pdeathsig", "TERM", "--")
 
 
 async def git(
@@ -126,7 +128,7 @@ async def git(
     where = [f"--git-dir={git_dir}"] if git_dir is not None else []
     name = f"git {args[0]}"
     process = await asyncio.create_subprocess_exec(
-        *_READABLE, *wrapper, "git", *where, *args,
+        *_READABLE, *_MORTAL, *wrapper, "git", *where, *args,
         stdin=asyncio.subprocess.PIPE if input is not None else asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

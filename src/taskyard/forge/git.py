@@ -32,7 +32,8 @@ CREATE_TIMEOUT_S = 3600.0
 """For the first copy of a repository; large ones take long, and only once."""
 CONNECT_TIMEOUT_S = 300.0
 """For each later exchange with an origin (run-lifecycle §1.2 step 6)."""
-_STALE_LOCK_S = CREATE_TIMEOUT_S + 60
+_STALE_LOCK_S = 10.0
+"""git ends with the server that holds the mirror's lock (see command.py); it is given a moment to do so."""
 _POLL_S = 0.05
 
 
@@ -227,3 +228,20 @@ class Mirror:
                 with contextlib.suppress(FileNotFoundError):
                     if file.stat().st_mtime < oldest:
                         file.unlink()
+
+
+async def remove_unfinished(data_dir: Path) -> None:
+    """Remove the clones that servers began and did not live to finish."""
+    await asyncio.to_thread(_remove_unfinished, data_dir / "mirrors")
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for unfinished in folder.glob("*.new"):
+        # Whoever makes it holds the lock.
+        descriptor = os.open(unfinished.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(unfinished, ignore_errors=True)
+        finally:
+            os.close(descriptor)

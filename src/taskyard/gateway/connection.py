@@ -1,4 +1,4 @@
-"""One connection of an agent to the gateway: read a request, refuse it or relay it, and again."""
+"""One connection of an agent to the gateway: read a request, refuse it, relay it or open a tunnel, and again."""
 
 from __future__ import annotations
 
@@ -6,77 +6,64 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 
 import h11
 import httpx
 import structlog
 
-from taskyard.gateway.models import (
-    Admitted,
-    KeyMask,
-    Refused,
-    admit,
-    answer_headers,
-    error_body,
-    masked,
-    provider_of,
-    upstream_request,
-)
+from taskyard.gateway import egress, git
+from taskyard.gateway.calls import CallExchange, check_budget, refusal_body
+from taskyard.gateway.egress import Destination, PlainExchange, Traffic
+from taskyard.gateway.exchange import Answer, Exchange, RefusedError, has_body, length
+from taskyard.gateway.models import Refused, admit, provider_of
 from taskyard.gateway.policy import Policy, Refusal, shown_target
-from taskyard.gateway.usage import Meter, ModelCall
+from taskyard.gateway.usage import ModelCall
 
 MAX_HEAD = 64 * 1024
-MAX_BODY = 64 * 1024 * 1024
 IDLE_S = 300
 """A connection without a request for this long is closed."""
 _CHUNK = 64 * 1024
 _LINGER_S = 2
 _CLIENT_GONE = 499  # as nginx calls it
 
-_TOO_LARGE = Refused(413, f"the body exceeds {MAX_BODY} bytes.")
-
 log = structlog.get_logger()
 
 
-class _RefusedError(Exception):
-    """The request turned out bad while its body was read."""
+@dataclass(frozen=True)
+class Side:
+    """What the connections of one run share."""
 
-    def __init__(self, refused: Refused) -> None:
-        super().__init__(refused.message)
-        self.refused = refused
+    policy: Policy
+    upstream: httpx.AsyncBaseTransport
+    traffic: Traffic
+    on_refusal: Callable[[Refusal], None]
+    on_call: Callable[[ModelCall], None]
 
 
 class Connection:
     """Serves one connection; `run()` returns when it is over. Raises OSError when the client has left."""
 
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        policy: Policy,
-        client: httpx.AsyncClient,
-        on_refusal: Callable[[Refusal], None],
-        on_call: Callable[[ModelCall], None],
-    ) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, side: Side) -> None:
         self._reader = reader
         self._writer = writer
-        self._policy = policy
-        self._client = client
-        self._on_refusal = on_refusal
-        self._on_call = on_call
+        self._side = side
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         self._body_read = asyncio.Event()
 
     async def run(self) -> None:
         while (head := await self._head()) is not None:
             method, target = head.method.decode("ascii"), head.target.decode("ascii")
-            decision = self._decide(head, method, target)
-            if isinstance(decision, Refused):
-                await self.refuse(decision, method, target)
-                return
             try:
-                await self._forward(head, decision)
-            except _RefusedError as error:
+                decision = await self._decide(head, method, target)
+                if isinstance(decision, Destination):
+                    await self._tunnel(decision, method, target)
+                    return
+                if isinstance(decision, Exchange):
+                    await self._forward(head, decision)
+                else:
+                    raise RefusedError(decision)  # noqa: TRY301 - one way for all refusals
+            except RefusedError as error:
                 await self.refuse(error.refused, method, target)
                 return
             if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
@@ -84,12 +71,36 @@ class Connection:
                 return
             self._http.start_next_cycle()
 
-    def _decide(self, head: h11.Request, method: str, target: str) -> Admitted | Refused:
+    async def _decide(self, head: h11.Request, method: str, target: str) -> Exchange | Destination | Refused:
+        side, policy = self._side, self._side.policy
+        decision: Exchange | Refused
         if method == "CONNECT" or not target.startswith("/"):
-            return Refused(403, "this sandbox has no access to the network, only to its model APIs.")
-        if _length(head) > MAX_BODY:
-            return _TOO_LARGE
-        return admit(self._policy.models, method, target)
+            if spent := side.traffic.exceeded:
+                return Refused(403, spent)
+            if method == "CONNECT":
+                return await egress.tunnel_to(policy.network, target)
+            found = await egress.plain_to(policy.network, target)
+            if isinstance(found, Refused):
+                return found
+            decision = PlainExchange(*found, side.traffic)
+        elif target.startswith(git.PREFIX):
+            asked = git.admit(policy.git, method, target)
+            decision = asked if isinstance(asked, Refused) else git.GitExchange(asked)
+        else:
+            admitted = admit(policy.models, method, target)
+            if isinstance(admitted, Refused):
+                return admitted
+            spent_up = check_budget(policy) if admitted.costs else None
+            if length(head) > CallExchange.max_body:
+                return _too_large(CallExchange.max_body)
+            decision = spent_up or CallExchange(admitted, policy, side.on_call)
+        if (
+            isinstance(decision, Exchange)
+            and decision.max_body is not None
+            and length(head) > decision.max_body
+        ):
+            return _too_large(decision.max_body)
+        return decision
 
     async def _head(self) -> h11.Request | None:
         """The next request; None when there is none or it was bad, which has then been answered."""
@@ -120,24 +131,25 @@ class Connection:
 
     async def refuse(self, refused: Refused, method: str = "", target: str = "") -> None:
         """Answer with an error, tell `on_refusal`, and end the connection."""
-        self._on_refusal(Refusal(method, shown_target(target), refused.message, refused.status))
+        self._tell(refused, method, target)
         headers = [(b"allow", ", ".join(refused.allow).encode())] if refused.allow else []
         headers.append((b"connection", b"close"))
-        await self._error(method, target, refused.status, refused.message, headers)
+        await self._answer(method, _error(target, refused), headers)
         await self._linger()
 
-    async def _error(
-        self, method: str, target: str, status: int, message: str, headers: list[tuple[bytes, bytes]]
-    ) -> None:
-        body = error_body(provider_of(target), status, message)
+    def _tell(self, refused: Refused, method: str, target: str) -> None:
+        told = Refusal(method, shown_target(target), refused.message, refused.status, refused.rule)
+        self._side.on_refusal(told)
+
+    async def _answer(self, method: str, answer: Answer, headers: list[tuple[bytes, bytes]]) -> None:
         headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
+            (b"content-type", answer.content_type.encode("ascii")),
+            (b"content-length", str(len(answer.body)).encode()),
             *headers,
         ]
-        await self._send(h11.Response(status_code=status, headers=headers))
+        await self._send(h11.Response(status_code=answer.status, headers=headers))
         if method != "HEAD":
-            await self._send(h11.Data(data=body))
+            await self._send(h11.Data(data=answer.body))
         await self._send(h11.EndOfMessage())
 
     async def _linger(self) -> None:
@@ -154,22 +166,46 @@ class Connection:
             self._writer.write(data)
             await self._writer.drain()
 
+    # --- tunnels ---
+
+    async def _tunnel(self, destination: Destination, method: str, target: str) -> None:
+        outside = await egress.open_tunnel(destination)
+        if isinstance(outside, Refused):
+            await self.refuse(outside, method, target)
+            return
+        try:
+            await self._send(h11.Response(status_code=200, headers=[], reason=b"Connection established"))
+            first = self._http.trailing_data[0]
+            if self._side.policy.network.level == "listed" and destination.port == 443:
+                first, problem = await egress.check_hello(self._reader, first, destination)
+                if problem is not None:
+                    self._tell(Refused(403, f"{destination.host.bracketed}: {problem}."), method, target)
+                    outside[1].close()
+                    await egress.refuse_hello(self._writer)
+                    await self._linger()
+                    return
+            await egress.pump((self._reader, self._writer), outside, first, self._side.traffic)
+        except BaseException:
+            outside[1].transport.abort()
+            raise
+        outside[1].close()
+
     # --- relaying ---
 
-    async def _forward(self, head: h11.Request, admitted: Admitted) -> None:
+    async def _forward(self, head: h11.Request, exchange: Exchange) -> None:
         """Relay one request and its answer; a client that leaves meanwhile ends the upstream call."""
         self._body_read.clear()
-        exchange = asyncio.create_task(self._exchange(head, admitted))
+        relaying = asyncio.create_task(self._exchange(head, exchange))
         watch = asyncio.create_task(self._client_left())
         try:
-            await asyncio.wait({exchange, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not exchange.done():
+            await asyncio.wait({relaying, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not relaying.done():
                 raise ConnectionAbortedError
-            exchange.result()
+            relaying.result()
         finally:
-            exchange.cancel()
+            relaying.cancel()
             watch.cancel()
-            await asyncio.gather(exchange, watch, return_exceptions=True)
+            await asyncio.gather(relaying, watch, return_exceptions=True)
 
     async def _client_left(self) -> None:
         """Returns at the end of the client's bytes; keeps a bounded piece of the requests that it sends ahead."""
@@ -181,50 +217,57 @@ class Connection:
             if room <= 0:
                 await asyncio.get_running_loop().create_future()  # until cancelled
 
-    async def _exchange(self, head: h11.Request, admitted: Admitted) -> None:
+    async def _exchange(self, head: h11.Request, exchange: Exchange) -> None:
         started, status, complete = time.monotonic(), _CLIENT_GONE, False
-        meter: Meter | None = None
+        method, target = head.method.decode("ascii"), head.target.decode("ascii")
         try:
-            answer = await self._ask(head, admitted)
-            if answer is None:
-                status = 502
+            answer = await self._ask(head, exchange)
+            if isinstance(answer, Answer):
+                status = answer.status
+                if answer.refused is not None:
+                    self._tell(answer.refused, method, target)
+                await self._answer(method, answer, self._farewell())
                 return
-            status = answer.status_code
-            meter = Meter(answer.headers.get("content-type", ""))
             async with aclosing(answer):
-                complete = await self._relay(answer, admitted, meter)
-        except _RefusedError as error:
+                headers = exchange.head(answer)
+                if isinstance(headers, Answer):
+                    status = headers.status
+                    await self._answer(method, headers, self._farewell())
+                    return
+                status = answer.status_code
+                complete = await self._relay(answer, headers, exchange)
+        except RefusedError as error:
             status = error.refused.status
             raise
         finally:
-            if admitted.costs:
-                self._report(admitted, meter, status, complete=complete, seconds=time.monotonic() - started)
+            exchange.ended(status, complete=complete, seconds=time.monotonic() - started)
 
-    async def _ask(self, head: h11.Request, admitted: Admitted) -> httpx.Response | None:
-        """Send the request on; None when the API failed, which has then been answered."""
-        method = head.method.decode("ascii")
-        async with aclosing(self._body()) as body:
-            if not _has_body(head):
+    async def _ask(self, head: h11.Request, exchange: Exchange) -> httpx.Response | Answer:
+        """Send the request on; an answer of our own when it is not sent, or the other side failed."""
+        async with aclosing(self._body(exchange.max_body)) as body:
+            if not has_body(head):
                 async for _ in body:  # comes to the end of the message
                     pass
-            request = upstream_request(admitted, method, head.headers, body if _has_body(head) else None)
+            request = await exchange.request(head, body if has_body(head) else None)
+            if isinstance(request, Answer):
+                return request
             try:
-                return await self._client.send(request, stream=True)
+                return await self._side.upstream.handle_async_request(request)
             except httpx.TransportError as error:
-                self._log_failure(admitted, error)
-                what = f"{admitted.provider} API could not be reached ({type(error).__name__})"
-                message = f"the {what}; the server's log says more."
-                await self._error(method, head.target.decode("ascii"), 502, message, self._farewell())
-                return None
+                self._log_failure(exchange, error)
+                what = f"{exchange.name} could not be reached ({type(error).__name__})"
+                return _error(
+                    head.target.decode("ascii"), Refused(502, f"{what}; the server's log says more.")
+                )
 
-    async def _body(self) -> AsyncGenerator[bytes, None]:
+    async def _body(self, limit: int | None) -> AsyncGenerator[bytes, None]:
         """The rest of the request, as it comes."""
         size = 0
         while True:
             try:
                 event = self._http.next_event()
             except h11.RemoteProtocolError as error:
-                raise _RefusedError(Refused(400, f"bad request: {error}")) from None
+                raise RefusedError(Refused(400, f"bad request: {error}")) from None
             if event is h11.NEED_DATA:
                 if self._http.they_are_waiting_for_100_continue:
                     await self._send(h11.InformationalResponse(status_code=100, headers=[]))
@@ -234,76 +277,54 @@ class Connection:
                 self._http.receive_data(data)
             elif isinstance(event, h11.Data):
                 size += len(event.data)
-                if size > MAX_BODY:
-                    raise _RefusedError(_TOO_LARGE)
+                if limit is not None and size > limit:
+                    raise RefusedError(_too_large(limit))
                 yield bytes(event.data)
             else:
                 self._body_read.set()
                 return
 
-    async def _relay(self, answer: httpx.Response, admitted: Admitted, meter: Meter) -> bool:
-        """Pass the answer on as it comes; False when the upstream broke off."""
-        key = admitted.route.api_key
-        headers = answer_headers(answer.headers.raw, key) + self._farewell()
-        # An error may quote the key that it did not like.
-        mask = KeyMask(key if answer.status_code >= 400 else None)
-        await self._send(h11.Response(status_code=answer.status_code, headers=headers))
+    async def _relay(
+        self, answer: httpx.Response, headers: list[tuple[bytes, bytes]], exchange: Exchange
+    ) -> bool:
+        """Pass the answer on as it comes; False when it was stopped before its end."""
+        await self._send(h11.Response(status_code=answer.status_code, headers=headers + self._farewell()))
         try:
             async for chunk in answer.aiter_raw():
-                self._writer.write(self._http.send(h11.Data(data=mask.feed(chunk))) or b"")
-                meter.feed(chunk)
+                self._writer.write(self._http.send(h11.Data(data=exchange.feed(chunk))) or b"")
                 await self._writer.drain()
+                if exchange.stopped:
+                    break
         except httpx.TransportError as error:
-            self._log_failure(admitted, error)
+            self._log_failure(exchange, error)
             raise ConnectionAbortedError from None  # without the end of the message: the answer is cut
-        if rest := mask.finish():
+        if rest := exchange.finish():
             await self._send(h11.Data(data=rest))
         await self._send(h11.EndOfMessage())
-        return True
+        return not exchange.stopped
 
     def _farewell(self) -> list[tuple[bytes, bytes]]:
         """The header that ends the connection when the answer comes before the request was read to its end."""
         return [] if self._http.their_state is h11.DONE else [(b"connection", b"close")]
 
-    def _report(
-        self, admitted: Admitted, meter: Meter | None, status: int, *, complete: bool, seconds: float
-    ) -> None:
-        meter = meter or Meter("")
-        meter.finish()
-        self._on_call(
-            ModelCall(
-                provider=admitted.provider,
-                endpoint=admitted.endpoint,
-                model=meter.model,
-                status=status,
-                complete=complete,
-                metered=meter.metered,
-                seconds=seconds,
-                input_tokens=meter.input_tokens,
-                output_tokens=meter.output_tokens,
-                cached_read_tokens=meter.cached_read_tokens,
-                cached_write_tokens=meter.cached_write_tokens,
-            )
-        )
-
-    def _log_failure(self, admitted: Admitted, error: httpx.TransportError) -> None:
-        # What could not be sent may be quoted in the text, and so the key; connection errors quote nothing.
+    def _log_failure(self, exchange: Exchange, error: httpx.TransportError) -> None:
+        # What could not be sent may be quoted in the text, and so a key; connection errors quote nothing.
         text = "" if isinstance(error, httpx.LocalProtocolError) else str(error)
-        key = admitted.route.api_key
         log.warning(
-            "model_api_failed",
-            run_id=self._policy.run_id,
-            provider=admitted.provider,
-            upstream=admitted.route.base_url,
+            "gateway_upstream_failed",
+            run_id=self._side.policy.run_id,
+            upstream=exchange.upstream,
             error=type(error).__name__,
-            detail=masked(text.encode("utf-8", "replace"), key).decode("utf-8", "replace"),
+            detail=exchange.masked(text),
         )
 
 
-def _length(head: h11.Request) -> int:
-    """The declared length of the body; 0 when none is declared."""
-    return max((int(value) for name, value in head.headers if name == b"content-length"), default=0)
+def _too_large(limit: int) -> Refused:
+    return Refused(413, f"the body exceeds {limit} bytes.")
 
 
-def _has_body(head: h11.Request) -> bool:
-    return _length(head) > 0 or any(name == b"transfer-encoding" for name, _ in head.headers)
+def _error(target: str, refused: Refused) -> Answer:
+    """An error in the words of whoever asked."""
+    if target.startswith(git.PREFIX):
+        return git.text_answer(refused.status, refused.message)
+    return Answer(refused.status, refusal_body(provider_of(target), refused), "application/json")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import httpx
 
 from taskyard.errors import SetupError
-
-Header = tuple[bytes, bytes]
+from taskyard.gateway.headers import NOT_DOWN, NOT_UP, Header, framing, passed
 
 # Seconds. A model that answers in one piece may think for minutes before the first byte.
 TIMEOUT = httpx.Timeout(connect=20, read=900, write=60, pool=60)
@@ -44,26 +44,35 @@ _ENDPOINTS: dict[str, dict[str, tuple[tuple[str, ...], bool]]] = {
     },
 }
 
-# RFC 9110 §7.6.1, and older names that mean the same.
-_HOP_BY_HOP = frozenset(
-    {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
-)
-_CREDENTIALS = frozenset({b"authorization", b"proxy-authorization", b"x-api-key", b"api-key", b"cookie"})
-# `host` and the framing are set anew, `expect` is answered here, and an encoded answer could not be counted.
-_NOT_UP = _HOP_BY_HOP | _CREDENTIALS | {b"host", b"content-length", b"expect", b"accept-encoding"}
-_NOT_DOWN = _HOP_BY_HOP | {b"set-cookie", b"proxy-authenticate", b"alt-svc"}
+_CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie"})
+# An encoded answer could not be counted.
+_NOT_UP = NOT_UP | _CREDENTIALS | {b"accept-encoding"}
+_NOT_DOWN = NOT_DOWN | {b"set-cookie"}
+
+Auth = Literal["x-api-key", "bearer", "api-key", "none"]
+"""How an upstream takes its key: in one of these headers, or not at all."""
+_AUTH: dict[str, Auth] = {"anthropic": "x-api-key", "openai": "bearer"}
 
 
 @dataclass(frozen=True)
 class ModelRoute:
-    """Where one API's traffic goes.
+    """Where one API's traffic goes: the vendor, or anything that speaks like it (LiteLLM, Ollama, a cloud's).
 
-    Raises SetupError for a base URL or a key that cannot work; the text never shows the key.
+    Raises SetupError for a base URL, key or header that cannot work; the text never shows a key.
     """
 
     base_url: str
     """`https://host[:port][/path]`, without `/v1`."""
-    api_key: str | None = field(default=None, repr=False)
+    api_key: str | Callable[[], str | None] | None = field(default=None, repr=False)
+    """A function is asked for each request: keys of some clouds live for an hour."""
+    auth: Auth | None = None
+    """None: as the API's vendor has it."""
+    version: str = "/v1"
+    """What the upstream has in place of `/v1`; may be empty."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Set on each request, over what the agent sent."""
+    query: str = field(default="", repr=False)
+    """Added to each request's query, such as `api-version=…`."""
 
     def __post_init__(self) -> None:
         try:
@@ -75,11 +84,47 @@ class ModelRoute:
                 "The base URL of a model API must look like https://host/path, without user, password, query or "
                 "fragment: correct TASKYARD_MODELS__<API>__BASE_URL."
             )
-        if self.api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", self.api_key):
+        if isinstance(self.api_key, str) and not _is_key(self.api_key):
+            raise SetupError(_BAD_KEY)
+        for name, value in self.headers.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"[\x20-\x7e]+", value):
+                raise SetupError(
+                    f"The header '{name}' of a model API has a name or a value that no header can have: correct "
+                    "TASKYARD_MODELS__<API>__HEADERS."
+                )
+        if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", self.version) or not re.fullmatch(
+            r"[A-Za-z0-9._~%=&-]*", self.query
+        ):
             raise SetupError(
-                "The API key of a model API is empty or holds spaces or other characters that no key has: look for "
-                "a line break or quotation marks around it."
+                "The version of a model API looks like /v1 and its query like name=value: correct "
+                "TASKYARD_MODELS__<API>__VERSION or __QUERY."
             )
+
+    def key(self) -> str | None:
+        """The key right now. Raises SetupError."""
+        key = self.api_key() if callable(self.api_key) else self.api_key
+        if key is not None and not _is_key(key):
+            raise SetupError(_BAD_KEY)
+        return key
+
+    def target(self, rest: str) -> bytes:
+        """The request target at the upstream for a path of the API, which may have a query."""
+        path, mark, query = rest.partition("?")
+        if path.startswith("/v1/"):
+            path = self.version + path.removeprefix("/v1")
+        query = "&".join(part for part in (query, self.query) if part)
+        base = httpx.URL(self.base_url).raw_path.rstrip(b"/")
+        return base + path.encode("ascii") + (b"?" + query.encode("ascii") if mark or query else b"")
+
+
+_BAD_KEY = (
+    "The API key of a model API is empty or holds spaces or other characters that no key has: look for a line break or "
+    "quotation marks around it."
+)
+
+
+def _is_key(text: str) -> bool:
+    return re.fullmatch(r"[\x21-\x7e]+", text) is not None
 
 
 @dataclass(frozen=True)
@@ -94,6 +139,8 @@ class Admitted:
     """The request target for the upstream."""
     costs: bool
     """It uses tokens, so it is counted."""
+    key: str | None = field(default=None, repr=False)
+    """The key that is added."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +150,10 @@ class Refused:
     status: int
     message: str
     allow: tuple[str, ...] = ()
+    rule: str | None = None
+    """See `Refusal.rule`."""
+    code: str | None = None
+    """A name for programs, in place of the status's usual one."""
 
 
 def provider_of(target: str) -> str | None:
@@ -112,10 +163,7 @@ def provider_of(target: str) -> str | None:
 
 
 def admit(routes: Mapping[str, ModelRoute], method: str, target: str) -> Admitted | Refused:
-    """Decide about one origin-form request by its head. Rules on budgets belong here.
-
-    Rules on model names need the body: they belong where its first bytes are forwarded.
-    """
+    """Decide about one origin-form request by its head."""
     provider = provider_of(target)
     if provider is None:
         known = " and ".join(f"/{name}/" for name in PROVIDERS)
@@ -129,13 +177,16 @@ def admit(routes: Mapping[str, ModelRoute], method: str, target: str) -> Admitte
     if method not in methods:
         return Refused(405, f"{path} takes {' or '.join(methods)}, not {method}.", methods)
     route = routes.get(provider)
-    if route is None or route.api_key is None:
+    try:
+        key = None if route is None else route.key()
+    except (SetupError, OSError, UnicodeError):
+        return Refused(502, f"the API key for {provider} cannot be read on this server; check its settings.")
+    if route is None or (key is None and route.auth != "none"):
         return Refused(
             403,
             f"no API key for {provider} is configured on this server: set {KEY_VARIABLES[provider]}",
         )
-    base = httpx.URL(route.base_url).raw_path.rstrip(b"/")
-    return Admitted(provider, route, path, base + rest.encode("ascii"), costs)
+    return Admitted(provider, route, path, route.target(rest), costs, key)
 
 
 def _starred(path: str) -> str:
@@ -145,29 +196,29 @@ def _starred(path: str) -> str:
 
 
 def upstream_request(
-    admitted: Admitted, method: str, headers: Iterable[Header], body: AsyncIterator[bytes] | None
+    admitted: Admitted, method: str, headers: Iterable[Header], body: AsyncIterator[bytes] | bytes | None
 ) -> httpx.Request:
     """The request that goes out: hop-by-hop fields and credentials dropped, the key added.
 
     `body` None: the request has none. A length that the client gave is kept, else the body goes chunked.
     """
-    headers = list(headers)
-    chunked = any(name == b"transfer-encoding" for name, _ in headers)
-    dropped = _NOT_UP | _named(headers)
-    sent = [(name, value) for name, value in headers if name not in dropped]
-    if body is not None and not chunked:
-        # the HTTP parser has checked that it is one number
-        sent += [(name, value) for name, value in headers if name == b"content-length"][:1]
+    headers, route = list(headers), admitted.route
+    own = {name.lower().encode("ascii"): value.encode("ascii") for name, value in route.headers.items()}
+    sent = passed(headers, _NOT_UP | own.keys())
+    if body is not None and not isinstance(body, bytes):
+        sent += framing(headers)
     sent.append((b"accept-encoding", b"identity"))
-    key = admitted.route.api_key or ""
-    if admitted.provider == "anthropic":
-        sent.append((b"x-api-key", key.encode("ascii")))
-    else:
-        sent.append((b"authorization", b"Bearer " + key.encode("ascii")))
+    if admitted.key is not None:
+        key = admitted.key.encode("ascii")
+        match route.auth or _AUTH[admitted.provider]:
+            case "bearer":
+                sent.append((b"authorization", b"Bearer " + key))
+            case "x-api-key" | "api-key" as name:
+                sent.append((name.encode("ascii"), key))
     return httpx.Request(
         method,
-        admitted.route.base_url,
-        headers=sent,
+        route.base_url,
+        headers=sent + list(own.items()),
         content=body,
         extensions={"target": admitted.target, "timeout": TIMEOUT.as_dict()},
     )
@@ -175,19 +226,7 @@ def upstream_request(
 
 def answer_headers(headers: Iterable[Header], key: str | None) -> list[Header]:
     """The upstream's answer headers as the agent gets them."""
-    headers = [(name.lower(), value) for name, value in headers]
-    dropped = _NOT_DOWN | _named(headers)
-    return [(name, masked(value, key)) for name, value in headers if name not in dropped]
-
-
-def _named(headers: Iterable[Header]) -> frozenset[bytes]:
-    """Names that a `Connection` header declares hop-by-hop."""
-    return frozenset(
-        token.strip().lower()
-        for name, value in headers
-        if name == b"connection"
-        for token in value.split(b",")
-    )
+    return [(name, masked(value, key)) for name, value in passed(headers, _NOT_DOWN)]
 
 
 def masked(data: bytes, key: str | None) -> bytes:
@@ -213,19 +252,36 @@ class KeyMask:
         return held
 
 
-def error_body(provider: str | None, status: int, message: str) -> bytes:
+_KINDS = {
+    400: "invalid_request_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
+def error_body(provider: str | None, status: int, message: str, code: str | None = None) -> bytes:
     """An error as that API words it, so that its client shows the message."""
-    kinds = {
-        400: "invalid_request_error",
-        403: "permission_error",
-        404: "not_found_error",
-        413: "request_too_large",
-        429: "rate_limit_error",
-    }
-    kind = kinds.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    kind = _KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
     message = f"Taskyard: {message}"
     if provider == "anthropic":
         return json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
     return json.dumps(
-        {"error": {"message": message, "type": kind, "param": None, "code": kind}},
+        {"error": {"message": message, "type": kind, "param": None, "code": code or kind}},
     ).encode()
+
+
+def error_event(endpoint: str, message: str, code: str) -> bytes:
+    """The same in the middle of a stream of server-sent events, which ends with it."""
+    message = f"Taskyard: {message}"
+    kind = _KINDS[403]
+    if endpoint == "/v1/messages":
+        error: dict[str, object] = {"type": "error", "error": {"type": kind, "message": message}}
+        return b"event: error\ndata: " + json.dumps(error).encode() + b"\n\n"
+    if endpoint.startswith("/v1/responses"):
+        failed = {"status": "failed", "error": {"code": code, "message": message}}
+        error = {"type": "response.failed", "response": failed}
+        return b"event: response.failed\ndata: " + json.dumps(error).encode() + b"\n\n"
+    error = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return b"data: " + json.dumps(error).encode() + b"\n\n"

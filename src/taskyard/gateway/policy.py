@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
+from taskyard.gateway.budget import Budget
+from taskyard.gateway.hosts import HostRules
 from taskyard.gateway.models import ModelRoute
+from taskyard.gateway.prices import BUILT_IN, Prices
 
 MAX_TARGET = 500
+
+
+@dataclass(frozen=True)
+class Network:
+    """Which hosts a run may reach (run-lifecycle §5.3)."""
+
+    level: Literal["none", "listed", "full"] = "none"
+    """`listed`: what `rules` allow. `full`: every public address, on every port."""
+    rules: HostRules = field(default_factory=lambda: HostRules(()))
+    internal: HostRules = field(default_factory=lambda: HostRules((), None))
+    """Hosts that the operator lets sandboxes reach although they are not on the public internet. The level has to
+    allow them as well."""
+    max_bytes: int | None = None
+    """Of traffic in both directions, model and git traffic not counted; then nothing more passes."""
+
+
+@dataclass(frozen=True)
+class GitRepository:
+    """A repository that a run may use, at `/git/<name>.git` of the gateway."""
+
+    name: str
+    """`org/repo`, in lower case."""
+    url: str
+    """Where it is: an http(s) URL without user information."""
+    branches: Sequence[str] = ()
+    """The branches that may be pushed, nothing else; without `refs/heads/`."""
+    credentials: Callable[[], Awaitable[str | None]] | None = field(default=None, repr=False)
+    """Gives the token, asked for each request. It goes to `url` only."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +49,12 @@ class Policy:
     run_id: str
     models: Mapping[str, ModelRoute]
     """By API: "anthropic", "openai"."""
+    network: Network = Network()
+    git: Sequence[GitRepository] = ()
+    allowed_models: Sequence[Sequence[str]] = ()
+    """Lists of names of models, `*` for any characters; a model has to be in each of them."""
+    budget: Budget = field(default_factory=Budget)
+    prices: Prices = BUILT_IN
 
 
 @dataclass(frozen=True)
@@ -30,6 +68,8 @@ class Refusal:
     reason: str
     status: int
     """HTTP status that the agent got."""
+    rule: str | None = None
+    """What in `allowed_domains` of the run's environment would let it pass, if anything there would."""
 
 
 def shown_target(target: str) -> str:

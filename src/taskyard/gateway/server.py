@@ -7,17 +7,21 @@ import functools
 import socket
 import ssl
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import httpx
 import structlog
 
-from taskyard.gateway.connection import Connection
+from taskyard.gateway.budget import Budget
+from taskyard.gateway.connection import Connection, Side
+from taskyard.gateway.egress import Traffic
 from taskyard.gateway.models import ModelRoute, Refused
-from taskyard.gateway.policy import Policy, Refusal
+from taskyard.gateway.policy import GitRepository, Network, Policy, Refusal
 from taskyard.gateway.usage import ModelCall, Usage
 
-__all__ = ["Gateway", "ModelCall", "ModelRoute", "Policy", "Refusal", "Usage"]
+__all__ = [
+    "Budget", "Gateway", "GitRepository", "ModelCall", "ModelRoute", "Network", "Policy", "Refusal", "Usage",
+]  # fmt: skip
 
 MAX_CONNECTIONS = 64
 
@@ -27,8 +31,10 @@ log = structlog.get_logger()
 class Gateway:
     """Serves one run until `close()`.
 
-    `on_refusal` and `on_usage` are called on the event loop and must not block. An agent decides how often
-    `on_refusal` is called, so whatever stores refusals should bound them.
+    `on_refusal`, `on_usage` and `on_budget` are called on the event loop and must not block. An agent decides how
+    often `on_refusal` is called, so whatever stores refusals should bound them. `on_budget` is called once, with a
+    sentence, when the budget is used up; `over_budget` tells it at any time. `usage`: of earlier workers of the run.
+    `on_close` is awaited at the end of `close()`.
     """
 
     def __init__(
@@ -37,20 +43,32 @@ class Gateway:
         *,
         on_refusal: Callable[[Refusal], None],
         on_usage: Callable[[ModelCall], None],
+        on_budget: Callable[[str], None] | None = None,
+        usage: Usage | None = None,
+        on_close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.usage = Usage()
+        self.usage = usage or Usage()
         self._policy = policy
         self._on_refusal = on_refusal
         self._on_usage = on_usage
+        self._on_budget = on_budget
+        self._on_close = on_close
         self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._client = httpx.AsyncClient(
+        self._upstream = httpx.AsyncHTTPTransport(
             verify=_tls(),
             trust_env=False,
-            follow_redirects=False,
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=8),
         )
+        self._side = Side(
+            policy, self._upstream, Traffic(policy.network.max_bytes), self._refused, self._called
+        )
+
+    @property
+    def over_budget(self) -> str | None:
+        """Why the run may make no more model calls, as a sentence; None while it may."""
+        return self._policy.budget.exceeded
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept on this listening socket, in the background, until `close()`; the socket is then closed.
@@ -73,7 +91,10 @@ class Gateway:
         for server in self._servers:
             await server.wait_closed()
         self._servers.clear()
-        await self._client.aclose()
+        await self._upstream.aclose()
+        if (on_close := self._on_close) is not None:
+            self._on_close = None
+            await on_close()
 
     async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -83,9 +104,7 @@ class Gateway:
             # asyncio sets it only on sockets made with an explicit protocol number. Without it the pieces of a stream
             # wait for the other side's delayed acknowledgement, 40 ms each.
             writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._converse(
-                Connection(reader, writer, self._policy, self._client, self._on_refusal, self._called)
-            )
+            await self._converse(Connection(reader, writer, self._side))
         except (OSError, asyncio.CancelledError):
             writer.transport.abort()  # the client has left, or close() was called
         except Exception as error:
@@ -110,9 +129,15 @@ class Gateway:
         else:
             await connection.run()
 
+    def _refused(self, refusal: Refusal) -> None:
+        self._on_refusal(refusal)
+
     def _called(self, call: ModelCall) -> None:
         self.usage.add(call)
         self._on_usage(call)
+        if self._on_budget is not None and (reason := self.over_budget) is not None:
+            on_budget, self._on_budget = self._on_budget, None
+            on_budget(reason)
 
 
 @functools.cache

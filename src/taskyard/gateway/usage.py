@@ -12,13 +12,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from taskyard.gateway.prices import Tokens
 
 MAX_EVENT = 32 * 1024 * 1024
 """Bytes of one server-sent event or one JSON answer that are looked at; a larger one goes uncounted."""
 
 UNKNOWN_MODEL = "unknown"
+_BYTES_A_TOKEN = 4
+_USUAL_CONTEXT = 200_000
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class ModelCall:
     complete: bool
     """The answer was forwarded to its end."""
     metered: bool
-    """The answer told its usage; else the counts are 0."""
+    """The answer told its usage. Else the counts are 0, or estimated for an answer that was begun (see `Meter`)."""
     seconds: float
     input_tokens: int = 0
     output_tokens: int = 0
     cached_read_tokens: int = 0
     cached_write_tokens: int = 0
+    cost: float | None = None
+    """US dollars; None when the model's price is not known."""
 
 
 @dataclass
@@ -52,19 +58,33 @@ class Usage:
     output_tokens: int = 0
     cached_read_tokens: int = 0
     cached_write_tokens: int = 0
+    cost: float = 0.0
+    """US dollars."""
+    unpriced_calls: int = 0
+    """Calls with tokens whose model has no known price; `cost` is without them."""
     models: dict[str, Usage] = field(default_factory=dict)
     """The same per model; a call whose answer names none counts under `unknown`."""
 
     def add(self, call: ModelCall) -> None:
-        self._add(call)
-        self.models.setdefault(call.model or UNKNOWN_MODEL, Usage())._add(call)
+        counted = (
+            call.input_tokens or call.output_tokens or call.cached_read_tokens or call.cached_write_tokens
+        )
+        one = Usage(
+            1, call.input_tokens, call.output_tokens, call.cached_read_tokens, call.cached_write_tokens,
+            call.cost or 0.0, 1 if call.cost is None and counted else 0,
+        )  # fmt: skip
+        self.merge(one)
+        self.models.setdefault(call.model or UNKNOWN_MODEL, Usage()).merge(one)
 
-    def _add(self, call: ModelCall) -> None:
-        self.calls += 1
-        self.input_tokens += call.input_tokens
-        self.output_tokens += call.output_tokens
-        self.cached_read_tokens += call.cached_read_tokens
-        self.cached_write_tokens += call.cached_write_tokens
+    def merge(self, other: Usage) -> None:
+        """Add the sums of others, not their models."""
+        self.calls += other.calls
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+        self.cached_read_tokens += other.cached_read_tokens
+        self.cached_write_tokens += other.cached_write_tokens
+        self.cost += other.cost
+        self.unpriced_calls += other.unpriced_calls
 
 
 class Meter:
@@ -72,14 +92,40 @@ class Meter:
 
     Usage may come in parts (Anthropic tells the input at the start and the output at the end, both as totals so
     far); of each number the last one counts.
+
+    Some answers never tell it: those that are broken off, and streamed chats that were not asked to. Whoever sends
+    many such must not go past a budget, so `tokens` is then estimated: a token for each piece of text, and one for
+    every four bytes of the request, up to what a usual model takes at all.
     """
 
     def __init__(self, content_type: str) -> None:
         self.model: str | None = None
         self.metered = False
         self.input_tokens = self.output_tokens = self.cached_read_tokens = self.cached_write_tokens = 0
+        self._cached_write_1h = 0
+        self._pieces = 0
+        self._ended = False
         self._stream = SseParser() if content_type.lower().startswith("text/event-stream") else None
         self._whole = bytearray()
+
+    @property
+    def so_far(self) -> Tokens:
+        """What the answer has used up to here, as far as it is known."""
+        output = self.output_tokens if self._ended else max(self.output_tokens, self._pieces)
+        return Tokens(
+            self.input_tokens,
+            output,
+            self.cached_read_tokens,
+            self.cached_write_tokens,
+            self._cached_write_1h,
+        )
+
+    def total(self, request_bytes: int) -> Tokens:
+        """What the whole call has used, after `finish`; estimated where it was not told."""
+        tokens = self.so_far
+        if self.metered:
+            return tokens
+        return replace(tokens, input=min(request_bytes // _BYTES_A_TOKEN, _USUAL_CONTEXT))
 
     def feed(self, chunk: bytes) -> None:
         if self._stream is not None:
@@ -97,6 +143,8 @@ class Meter:
 
     def _event(self, data: bytes) -> None:
         # Most events are small deltas; parse the few that can matter.
+        if b'delta"' in data:
+            self._pieces += 1
         if b'"usage"' in data or (self.model is None and b'"model"' in data):
             self._read(data)
 
@@ -114,6 +162,8 @@ class Meter:
                 self.model = model
             if isinstance(usage := holder.get("usage"), dict):
                 self._usage(usage)
+                # Anthropic's first event tells an output of a token or so; every other number is a total.
+                self._ended = self._ended or document.get("type") != "message_start"
 
     def _usage(self, usage: dict[str, Any]) -> None:
         details = usage.get("input_tokens_details") or usage.get("prompt_tokens_details")
@@ -131,6 +181,10 @@ class Meter:
             self.cached_write_tokens = _count(
                 usage.get("cache_creation_input_tokens"), self.cached_write_tokens
             )
+            kinds = usage.get("cache_creation")
+            if isinstance(kinds, dict):
+                long = _count(kinds.get("ephemeral_1h_input_tokens"), self._cached_write_1h)
+                self._cached_write_1h = min(long, self.cached_write_tokens)
         self.metered = True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
@@ -84,11 +85,14 @@ class ObjectStore(Protocol):
     async def put(self, key: str, data: bytes, content_type: str) -> None:
         """Store an object whole: afterwards it is there, or nothing has changed."""
 
+    async def put_file(self, key: str, path: Path, content_type: str) -> None:
+        """The same with what is in a file of the server's own, piece by piece."""
+
     async def head(self, key: str) -> Stored | None:
         """None when there is no such object."""
 
-    async def open(self, key: str) -> Content | None:
-        """Read an object in chunks; None when there is no such object."""
+    async def open(self, key: str, *, start: int = 0) -> Content | None:
+        """Read an object in chunks, from the byte `start` on, which it must have; None when there is no such object."""
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Remove objects; those that are not there are removed already."""

@@ -27,8 +27,8 @@ from taskyard.objects.interface import CHUNK_BYTES, DEFAULT_TYPE, VALID_S, Conte
 ROUTE = "/api/objects"
 """Where `objects/api.py` takes forms, and gives objects below it."""
 MAX_HEADER_BYTES = 16_384
-ABANDONED_S = 24 * 3600
-"""An upload of this age is not going on any more."""
+ABANDONED_S = 3600
+"""An upload that nothing was written to for this long is not going on any more."""
 
 
 class DiskFullError(StorageError):
@@ -124,6 +124,13 @@ class LocalStore:
             await upload.write(data)
             await upload.finish()
 
+    async def put_file(self, key: str, path: Path, content_type: str) -> None:
+        async with self.upload(key, content_type) as upload:
+            with await _thread(path.open, "rb") as file:
+                while data := await _thread(file.read, CHUNK_BYTES):
+                    await upload.write(data)
+            await upload.finish()
+
     @asynccontextmanager
     async def upload(self, key: str, content_type: str) -> AsyncIterator[Upload]:
         """Write an object piece by piece."""
@@ -140,9 +147,13 @@ class LocalStore:
         opened.file.close()
         return Stored(opened.size, opened.content_type)
 
-    async def open(self, key: str) -> Content | None:
+    async def open(self, key: str, *, start: int = 0) -> Content | None:
         opened = await self.open_file(key)
-        return None if opened is None else Content(opened.size, chunks(opened.file, opened.size))
+        if opened is None:
+            return None
+        if start:
+            await _thread(opened.file.seek, opened.start + start)
+        return Content(opened.size - start, chunks(opened.file, opened.size - start))
 
     async def open_file(self, key: str) -> OpenFile | None:
         """The object's file, for the caller to close; None when there is no such object."""

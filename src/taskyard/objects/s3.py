@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
@@ -107,14 +108,28 @@ class S3Store:
             )
         )
 
+    async def put_file(self, key: str, path: Path, content_type: str) -> None:
+        def send() -> None:
+            with path.open("rb") as file:
+                self._client.put_object(
+                    Bucket=self._bucket, Key=key, Body=file, ContentType=content_type, **self._put_options
+                )
+
+        await _thread(send)
+
     async def head(self, key: str) -> Stored | None:
         found = await _existing(lambda: self._client.head_object(Bucket=self._bucket, Key=key))
         if found is None:
             return None
         return Stored(found.get("ContentLength"), found.get("ContentType") or DEFAULT_TYPE)
 
-    async def open(self, key: str) -> Content | None:
-        found = await _existing(lambda: self._client.get_object(Bucket=self._bucket, Key=key))
+    async def open(self, key: str, *, start: int = 0) -> Content | None:
+        def get() -> Any:
+            if start:  # of an empty object there is no part
+                return self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes={start}-")
+            return self._client.get_object(Bucket=self._bucket, Key=key)
+
+        found = await _existing(get)
         return None if found is None else Content(found["ContentLength"], _chunks(found["Body"]))
 
     async def delete(self, keys: Sequence[str]) -> None:

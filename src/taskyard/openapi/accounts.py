@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from taskyard.accounts.schemas import Invite, KeyWrite, SignIn
-from taskyard.openapi import shapes
+from taskyard.accounts.schemas import Invite, KeyWrite, MemberAdd, MemberUpdate, SignIn, UserUpdate
+from taskyard.openapi import account_shapes, shapes
 from taskyard.openapi.operation import PROJECT, Answer, Operation, Parameter, Request, page_parameters
 
 KEYS = "/api/personal_api_keys/"
 INTEGRATIONS = "/api/environments/{project_id}/integrations/"
+MEMBERS = PROJECT + "members/"
 FORM = "application/x-www-form-urlencoded"
 TOKEN_FORM = {
     "type": "object",
@@ -31,18 +32,35 @@ REFUSED = {400: Answer(shapes.OAuthError), 401: Answer(shapes.OAuthError)}
 NOT_HERE = {200: Answer(schema={"type": "object"}, text="Not on this server: it has no integrations yet.")}
 
 OPERATIONS = (
-    Operation("users_me_retrieve", "GET", "/api/users/@me/", "Who calls", "user", {200: Answer(shapes.User)}),
+    Operation(
+        "users_me_retrieve", "GET", "/api/users/@me/", "Who calls", "user", {200: Answer(account_shapes.User)}
+    ),
+    Operation(
+        "users_partial_update",
+        "PATCH",
+        "/api/users/@me/",
+        "Change the caller's name or current project",
+        "task:write",
+        {200: Answer(account_shapes.User)},
+        Request("PatchedUserRequest", UserUpdate, required=False, example={"set_current_team": 2}),
+        text="`set_current_team` or `set_current_organization` say what `@current` stands for from now on.",
+    ),
     Operation(
         "projects_list",
         "GET",
         "/api/projects/",
         "List the caller's projects",
         "user",
-        {200: Answer(shapes.PaginatedProjectList)},
+        {200: Answer(account_shapes.PaginatedProjectList)},
         query=page_parameters(),
     ),
     Operation(
-        "projects_retrieve", "GET", PROJECT, "Get a project", "task:read", {200: Answer(shapes.Project)}
+        "projects_retrieve",
+        "GET",
+        PROJECT,
+        "Get a project",
+        "task:read",
+        {200: Answer(account_shapes.Project)},
     ),
     Operation(
         "organizations_list",
@@ -50,7 +68,7 @@ OPERATIONS = (
         "/api/organizations/",
         "List the caller's organizations",
         "user",
-        {200: Answer(shapes.PaginatedOrganizationList)},
+        {200: Answer(account_shapes.PaginatedOrganizationList)},
         query=page_parameters(),
     ),
     Operation(
@@ -59,7 +77,64 @@ OPERATIONS = (
         "/api/organizations/{id}/",
         "Get an organization",
         "user",
-        {200: Answer(shapes.Organization)},
+        {200: Answer(account_shapes.Organization)},
+    ),
+    Operation(
+        "members_list",
+        "GET",
+        "/api/organizations/{id}/members/",
+        "List the people of an organization",
+        "user",
+        {200: Answer(account_shapes.PaginatedMemberList)},
+        query=page_parameters(),
+        text="Those with whom the caller shares a project of it.",
+    ),
+    Operation(
+        "project_members_list",
+        "GET",
+        MEMBERS,
+        "List the members of a project",
+        "task:read",
+        {200: Answer(account_shapes.PaginatedMemberList)},
+        query=page_parameters(),
+    ),
+    Operation(
+        "project_members_create",
+        "POST",
+        MEMBERS,
+        "Let somebody into a project",
+        "*",
+        {201: Answer(account_shapes.AddedMember)},
+        Request("MemberRequest", MemberAdd, example={"email": "bob@example.org", "role": "member"}),
+        text="For admins. Who has no account gets one.",
+    ),
+    Operation(
+        "project_members_retrieve",
+        "GET",
+        MEMBERS + "{id}/",
+        "Get a member of a project",
+        "task:read",
+        {200: Answer(account_shapes.Member)},
+    ),
+    Operation(
+        "project_members_partial_update",
+        "PATCH",
+        MEMBERS + "{id}/",
+        "Change the role of a member",
+        "*",
+        {200: Answer(account_shapes.Member)},
+        Request("PatchedMemberRequest", MemberUpdate, required=False, example={"role": "admin"}),
+        text="For admins. One admin has to stay.",
+    ),
+    Operation(
+        "project_members_destroy",
+        "DELETE",
+        MEMBERS + "{id}/",
+        "Take a member out of a project",
+        "*",
+        {204: Answer(media=None)},
+        refuses=frozenset({400}),
+        text="For admins, and for members who leave. One admin has to stay.",
     ),
     Operation(
         "code_invites_check_access_retrieve",
@@ -67,7 +142,7 @@ OPERATIONS = (
         "/api/code/invites/check-access/",
         "Ask whether the caller may use this",
         "user",
-        {200: Answer(shapes.HasAccess)},
+        {200: Answer(account_shapes.HasAccess)},
     ),
     Operation(
         "code_invites_redeem_create",
@@ -75,7 +150,7 @@ OPERATIONS = (
         "/api/code/invites/redeem/",
         "Redeem an invite",
         "user",
-        {200: Answer(shapes.Success)},
+        {200: Answer(account_shapes.Success)},
         Request("InviteRedeemRequest", Invite, example={"code": "WELCOME"}),
         text="None is needed here: any code will do.",
     ),
@@ -93,7 +168,7 @@ OPERATIONS = (
         KEYS,
         "Create an API key",
         "session",
-        {201: Answer(shapes.PersonalAPIKey, text="The only answer that has its `value`.")},
+        {201: Answer(account_shapes.PersonalAPIKey, text="The only answer that has its `value`.")},
         Request("PersonalAPIKeyRequest", KeyWrite, example={"label": "Laptop", "scopes": ["task:write"]}),
     ),
     Operation(
@@ -102,7 +177,7 @@ OPERATIONS = (
         KEYS + "@current/",
         "Get the API key of this very request",
         "user",
-        {200: Answer(shapes.PersonalAPIKey)},
+        {200: Answer(account_shapes.PersonalAPIKey)},
         refuses=frozenset({404}),
     ),
     Operation(
@@ -111,7 +186,7 @@ OPERATIONS = (
         KEYS + "{id}/",
         "Get an API key",
         "session",
-        {200: Answer(shapes.PersonalAPIKey)},
+        {200: Answer(account_shapes.PersonalAPIKey)},
     ),
     Operation(
         "personal_api_keys_destroy",
@@ -127,7 +202,7 @@ OPERATIONS = (
         INTEGRATIONS,
         "List integrations",
         "task:read",
-        {200: Answer(shapes.PaginatedIntegrationList)},
+        {200: Answer(account_shapes.PaginatedIntegrationList)},
         query=page_parameters(),
         text="There are none yet.",
     ),
@@ -161,18 +236,24 @@ OPERATIONS = (
         "/api/login/",
         "Sign in",
         "anybody",
-        {200: Answer(shapes.Success, headers={"Set-Cookie": "The session, and the token against forgery."})},
+        {
+            200: Answer(
+                account_shapes.Success, headers={"Set-Cookie": "The session, and the token against forgery."}
+            )
+        },
         Request("LoginRequest", SignIn, example={"email": "ada@example.org", "password": "correct horse"}),
         refuses=frozenset({403, 429}),
     ),
-    Operation("logout_create", "POST", "/api/logout/", "Sign out", "session", {200: Answer(shapes.Success)}),
+    Operation(
+        "logout_create", "POST", "/api/logout/", "Sign out", "session", {200: Answer(account_shapes.Success)}
+    ),
     Operation(
         "oauth_metadata_retrieve",
         "GET",
         "/.well-known/oauth-authorization-server",
         "What OAuth clients can know of this server",
         "anybody",
-        {200: Answer(shapes.OAuthMetadata)},
+        {200: Answer(account_shapes.OAuthMetadata)},
     ),
     Operation(
         "oauth_token_create",
@@ -180,7 +261,7 @@ OPERATIONS = (
         "/oauth/token",
         "Exchange a code or a refresh token",
         "anybody",
-        {200: Answer(shapes.OAuthToken), **REFUSED},
+        {200: Answer(account_shapes.OAuthToken), **REFUSED},
         content=(FORM, TOKEN_FORM),
     ),
     Operation(
@@ -206,7 +287,12 @@ OPERATIONS = (
         ),
     ),
     Operation(
-        "health_retrieve", "GET", "/health", "Whether it lives", "anybody", {200: Answer(shapes.Health)}
+        "health_retrieve",
+        "GET",
+        "/health",
+        "Whether it lives",
+        "anybody",
+        {200: Answer(account_shapes.Health)},
     ),
     Operation(
         "ready_retrieve",
@@ -214,7 +300,7 @@ OPERATIONS = (
         "/ready",
         "Whether it can serve",
         "anybody",
-        {200: Answer(shapes.Health)},
+        {200: Answer(account_shapes.Health)},
         refuses=frozenset({503}),
     ),
 )

@@ -10,7 +10,7 @@ import msgspec
 
 from taskyard import __version__
 from taskyard.accounts.caller import CSRF_HEADER, SESSION_COOKIE
-from taskyard.idempotency import CREATING, MAX_LENGTH
+from taskyard.idempotency import KEYED, MAX_LENGTH
 from taskyard.openapi import accounts, artifacts, environments, runs, shapes, tasks
 from taskyard.openapi.links import links
 from taskyard.openapi.operation import Answer, Json, Operation, Parameter
@@ -32,6 +32,7 @@ TAGS = {
     "objects": "Content of files that this server keeps itself.",
     "repositories": "Git repositories under the names that tasks use.",
     "projects": "Projects.",
+    "members": "Who belongs to a project.",
     "organizations": "Organizations.",
     "users": "The caller.",
     "personal_api_keys": "API keys, managed by a person in a browser.",
@@ -127,14 +128,14 @@ def _parameters(operation: Operation) -> Iterable[Parameter]:
             schema = {"type": "string"} if name == "key" else UUID_TEXT
             yield Parameter(name, schema, required=True, where="path")
     yield from operation.query
-    if creates(operation):
+    if keyed(operation):
         yield IDEMPOTENCY_KEY
 
 
-def creates(operation: Operation) -> bool:
+def keyed(operation: Operation) -> bool:
     """Whether `Idempotency-Key` counts for it. Names of path parameters differ, places do not."""
     places = re.sub(r"{\w+}", "{}", operation.path.rstrip("/"))
-    return operation.method == "POST" and places in {re.sub(r"{\w+}", "{}", path) for path in CREATING}
+    return (operation.method, places) in {(method, re.sub(r"{\w+}", "{}", path)) for method, path in KEYED}
 
 
 def _parameter(parameter: Parameter) -> Json:
@@ -171,11 +172,11 @@ def refusals(operation: Operation) -> set[int]:
     found |= operation.otherwise.keys()
     if operation.access not in ("anybody", "signature"):
         found |= {401, 403}
-    if operation.access in ("task:read", "task:write", "user"):
+    if operation.access in ("task:read", "task:write", "*", "user"):
         found.add(429)
     if "{" in operation.path and "{key}" not in operation.path:
         found.add(404)
-    if creates(operation):
+    if keyed(operation):
         found |= {400, 422}
     return found
 
@@ -216,7 +217,7 @@ def _security(operation: Operation) -> list[Json]:
         return [{"RunToken": []}]
     if operation.access == "session":
         return [{"SessionCookie": []}]
-    scopes = [operation.access] if operation.access.startswith("task:") else []
+    scopes = [] if operation.access == "user" else [operation.access]
     return [{"PersonalAPIKeyAuth": scopes}, {"OAuth2": scopes}, {"SessionCookie": []}]
 
 

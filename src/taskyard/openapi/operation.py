@@ -11,7 +11,7 @@ from taskyard.schemas import Body
 
 Json = dict[str, Any]
 
-Access = Literal["task:read", "task:write", "user", "session", "run token", "signature", "anybody"]
+Access = Literal["task:read", "task:write", "*", "user", "session", "run token", "signature", "anybody"]
 """What a request needs: a scope in a project; any user; a signed-in browser; a token for one run; a signed
 URL; nothing."""
 

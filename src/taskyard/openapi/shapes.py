@@ -12,8 +12,8 @@ from uuid import UUID
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from taskyard.environments.schemas import NetworkAccess
-from taskyard.runs.schemas import Effort, Environment, RuntimeAdapter, Status
-from taskyard.tasks.schemas import OriginProduct
+from taskyard.runs.schemas import Effort, Environment, RuntimeAdapter
+from taskyard.tasks.schemas import OriginProduct, RunStatus
 
 Uri = Annotated[str, Meta(extra_json_schema={"format": "uri"})]
 AnyJson = Annotated[Any, Meta(description="Any JSON value.")]
@@ -108,7 +108,7 @@ class TaskRunDetail(Shape):
     task: UUID
     stage: str | None
     branch: str | None
-    status: Status
+    status: RunStatus
     environment: Environment
     runtime_adapter: RuntimeAdapter | None
     provider: Literal["anthropic", "openai"] | None
@@ -152,7 +152,7 @@ class Task(Shape):
 class TaskRunSummary(Shape):
     """The newest run of a task, in short."""
 
-    status: Status | None
+    status: RunStatus | None
     environment: Environment | None
 
 
@@ -287,6 +287,7 @@ class SandboxEnvironmentListItem(Shape):
     allowed_domains: list[str]
     repositories: list[str]
     private: bool
+    worker_pool: str | None
     internal: bool
     created_by: UserBasic | None
     created_at: Time
@@ -335,121 +336,3 @@ class Repository(Shape):
 
     name: str
     origin: str
-
-
-# Accounts ----------------------------------------------------------------------------------------------------
-
-
-class Project(Shape):
-    id: int
-    uuid: UUID
-    organization: UUID
-    project_id: int
-    name: str
-    created_at: Time
-    timezone: str
-    is_demo: bool
-    effective_membership_level: Literal[1, 8]
-
-
-class OrganizationBasic(Shape):
-    id: UUID
-    name: str
-    slug: str
-    logo_media_id: str | None
-    membership_level: Literal[1, 8]
-
-
-class Organization(OrganizationBasic):
-    created_at: Time
-    teams: list[Project]
-    projects: list[Project]
-
-
-class User(Shape):
-    """The caller."""
-
-    id: int
-    uuid: UUID
-    distinct_id: str | None
-    first_name: str
-    last_name: str
-    email: str
-    is_email_verified: bool | None
-    is_staff: bool
-    date_joined: Time
-    has_password: bool
-    role_at_organization: Role | None
-    hedgehog_config: dict[str, Any] | None
-    team: Project | None
-    organization: Organization | None
-    organizations: list[OrganizationBasic]
-
-
-class PaginatedProjectList(Page):
-    results: list[Project]
-
-
-class PaginatedOrganizationList(Page):
-    results: list[Organization]
-
-
-class PaginatedIntegrationList(Page):
-    results: list[dict[str, Any]]
-
-
-class PersonalAPIKey(Shape):
-    """A personal API key; `value` is there only in the answer that made it."""
-
-    id: UUID
-    label: str
-    mask_value: str
-    user_id: int
-    scopes: list[str]
-    scoped_teams: list[int] | None
-    scoped_organizations: list[UUID] | None
-    created_at: Time
-    last_used_at: Time | None
-    last_rolled_at: Time | None
-    expires_at: Time | None
-    value: str | UnsetType = UNSET
-
-
-class HasAccess(Shape):
-    has_access: bool
-
-
-class Success(Shape):
-    success: Literal[True]
-
-
-class Health(Shape):
-    status: Literal["ok", "ready"]
-
-
-class OAuthToken(Shape):
-    """Tokens of an OAuth grant."""
-
-    access_token: str
-    refresh_token: str
-    token_type: Literal["Bearer"]
-    expires_in: Number
-    scope: str
-    scoped_teams: list[int] | UnsetType = UNSET
-    scoped_organizations: list[UUID] | UnsetType = UNSET
-
-
-class OAuthMetadata(Shape):
-    """RFC 8414."""
-
-    issuer: Uri
-    authorization_endpoint: Uri
-    token_endpoint: Uri
-    revocation_endpoint: Uri
-    scopes_supported: list[str]
-    response_types_supported: list[str]
-    response_modes_supported: list[str]
-    grant_types_supported: list[str]
-    token_endpoint_auth_methods_supported: list[str]
-    revocation_endpoint_auth_methods_supported: list[str]
-    code_challenge_methods_supported: list[str]

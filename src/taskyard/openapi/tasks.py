@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from taskyard.openapi import shapes
 from taskyard.openapi.operation import PROJECT, Answer, Operation, Parameter, Request, page_parameters
-from taskyard.runs.schemas import RunTask, Status
-from taskyard.tasks.schemas import Summaries, TaskWrite
+from taskyard.runs.schemas import RunTask
+from taskyard.tasks.schemas import Presence, RunStatus, Summaries, TaskWrite
 
 TASKS = PROJECT + "tasks/"
 ONE = TASKS + "{id}/"
@@ -29,7 +29,9 @@ FILTERS = (
     Parameter(
         "search", {"type": "string"}, "A part of title or description, or a task number (`TES-12`, `12`)."
     ),
-    Parameter("status", {"type": "string", "enum": [str(value) for value in Status]}, "Of the newest run."),
+    Parameter(
+        "status", {"type": "string", "enum": [str(value) for value in RunStatus]}, "Of the newest run."
+    ),
     Parameter("internal", SHOWN, "Internal tasks: not (`false`), only (`true`), or too (`all`)."),
     Parameter("archived", SHOWN, "Archived tasks: not (`false`), only (`true`), or too (`all`)."),
 )
@@ -113,6 +115,24 @@ OPERATIONS = (
         {204: Answer(media=None)},
         query=NARROWING,
         text="Runs that are under way go on.",
+    ),
+    Operation(
+        "tasks_presence_create",
+        "POST",
+        ONE + "presence/",
+        "Say that a device looks at a task",
+        "task:write",
+        {204: Answer(media=None)},
+        Request("TaskPresenceRequest", Presence, required=False, example={"device_id": "phone"}),
+        text="For clients that would get push messages else. There are none, so nothing is kept.",
+    ),
+    Operation(
+        "tasks_presence_destroy",
+        "DELETE",
+        ONE + "presence/",
+        "Say that a device no longer looks at a task",
+        "task:write",
+        {204: Answer(media=None)},
     ),
     Operation(
         "tasks_run_create",

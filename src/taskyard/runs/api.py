@@ -11,7 +11,7 @@ from taskyard.accounts.caller import Caller, authorize
 from taskyard.db.engine import Row
 from taskyard.errors import NotFoundError
 from taskyard.http import answer, body, limit_offset, log_urls, origin_of, page, path_uuid
-from taskyard.runs import service, store
+from taskyard.runs import queue, service, store
 from taskyard.runs.schemas import RunCreate, RunStart, RunTask, RunUpdate, SetOutput
 from taskyard.tasks import present
 
@@ -57,7 +57,12 @@ class RunController(Controller):
 
     @get("/runs/{run_id:str}")
     async def retrieve(self, request: Req, task_id: FromPath[str], run_id: FromPath[str]) -> Response[bytes]:
-        return answer(present.run(await find(request, task_id, run_id), log_urls(request)))
+        row, state = await find(request, task_id, run_id), request.app.state
+        if row["queued"]:
+            place = await queue.waiting(state.database, row["id"], queue.Limits.of(state.settings))
+            if place is not None:
+                row["state"] = {**present.as_object(row["state"]), "queue": place}
+        return answer(present.run(row, log_urls(request)))
 
     @patch("/runs/{run_id:str}")
     async def update(self, request: Req, task_id: FromPath[str], run_id: FromPath[str]) -> Response[bytes]:
@@ -71,10 +76,10 @@ class RunController(Controller):
         self, request: Req, task_id: FromPath[str], run_id: FromPath[str]
     ) -> Response[bytes]:
         sent = await body(request, SetOutput)
-        async with request.app.state.database.transaction() as connection:
-            row = await service.set_output(
-                connection, request.user, path_uuid(task_id), path_uuid(run_id), sent.output
-            )
+        database, of_run = request.app.state.database, (request.user, path_uuid(task_id), path_uuid(run_id))
+        completes = await service.check_output(database, *of_run, sent.output)
+        async with database.transaction() as connection:
+            row = await service.set_output(connection, *of_run, sent.output, completes=completes)
         return answer(present.run(row, log_urls(request)))
 
     @post("/runs/{run_id:str}/start")

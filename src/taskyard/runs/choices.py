@@ -31,6 +31,9 @@ class Choices:
     sandbox_environment_id: UUID | None
     branch: str | None
     snapshot_external_id: str | None = None
+    budget_cost: float | None = None
+    budget_tokens: int | None = None
+    allowed_models: list[str] | None = None
 
 
 def chosen(body: RunFields) -> Choices:
@@ -48,6 +51,9 @@ def chosen(body: RunFields) -> Choices:
         agent=body.agent,
         sandbox_environment_id=body.sandbox_environment_id,
         branch=body.branch,
+        budget_cost=body.budget_cost,
+        budget_tokens=body.budget_tokens,
+        allowed_models=body.allowed_models,
     )
 
 
@@ -66,6 +72,10 @@ def inherit(choices: Choices, previous: Row) -> Choices:
         or _uuid(_text(state, "sandbox_environment_id")),
         branch=choices.branch or (_text(state, "pr_base_branch") or "")[:255] or None,
         snapshot_external_id=_text(state, "snapshot_external_id"),
+        # Clients cannot change these in the state, so they are as they were checked.
+        budget_cost=choices.budget_cost or state.get("budget_cost"),
+        budget_tokens=choices.budget_tokens or state.get("budget_tokens"),
+        allowed_models=choices.allowed_models or state.get("allowed_models"),
         # An agent that the request names by its adapter is not the one of the run before.
         agent=choices.agent or (None if choices.runtime_adapter else _text(state, "agent")),
     )
@@ -139,9 +149,14 @@ def state_of(body: RunFields, choices: Choices) -> dict[str, Any]:
         "reasoning_effort",
         "agent",
         "snapshot_external_id",
+        "budget_cost",
+        "budget_tokens",
+        "allowed_models",
     ):
         if (value := getattr(choices, name)) is not None:
             state[name] = value
+    if body.priority:
+        state["priority"] = body.priority
     if body.initial_permission_mode is not None:
         state["initial_permission_mode"] = body.initial_permission_mode
     if choices.runtime_adapter is not None:

@@ -27,8 +27,8 @@ KEEP: Any = object()
 
 
 PROTECTED = re.compile(
-    r"github_credential_source|pr_authorship_mode|automation_id|inactivity_timeout_seconds"
-    r"|(sandbox|snapshot|wizard|use_modal)_.*"
+    r"github_credential_source|pr_authorship_mode|automation_id|inactivity_timeout_seconds|priority|queue"
+    r"|allowed_models|(budget|sandbox|snapshot|wizard|use_modal)_.*"
 )
 """Keys of `state` that clients neither set nor remove (tasks-api §5.4): the server decides by them."""
 
@@ -84,7 +84,10 @@ async def change(
         new["started_at"] = None
     if start:
         new["completed_at"] = None
-    new["state"] = _state(new["state"], set(remove_state), state, replace_state)
+    gone = set(remove_state)
+    if new["status"] in TERMINAL:
+        gone.add("suspended")  # nothing can wake it any more
+    new["state"] = _state(new["state"], gone, state, replace_state)
     saved = await store.save(connection, new, start=start)
     event = entries.raw(present.state_event(saved), entries.Shown.STREAM)
     await events.append(connection, run_id, [event], generation=lease.generation if lease else None)

@@ -54,8 +54,8 @@ class RunLogController(Controller):
         """The logs of the run and of those that it resumes, oldest first (§6.2)."""
         began = time.perf_counter()
         row = await find(request, task_id, run_id)
-        database = request.app.state.database
-        lines = log.lines(database, await store.chain(database, row))
+        state = request.app.state
+        lines = log.lines(state.record, await store.chain(state.database, row))
         headers = LOG_HEADERS | timing("lookup", began)
         return Stream(lines, media_type="application/jsonl", headers=headers)
 
@@ -65,10 +65,10 @@ class RunLogController(Controller):
         query = log_query.parse(request.query_params)
         began = time.perf_counter()
         row = await find(request, task_id, run_id)
-        database = request.app.state.database
-        counts = await events.count(database, row["id"], query.wanted)
+        record = request.app.state.record
+        counts = await record.count(row["id"], query.wanted)
         array = log.array(
-            database, row["id"], query.wanted, last=counts.last, limit=query.limit, offset=query.offset
+            record, row["id"], query.wanted, last=counts.last, limit=query.limit, offset=query.offset
         )
         headers = {
             "X-Total-Count": str(counts.total),
@@ -84,12 +84,12 @@ class RunLogController(Controller):
     async def stream(self, request: Req, task_id: FromPath[str], run_id: FromPath[str]) -> Stream:
         """Server-sent events (run-lifecycle §7.2)."""
         row = await find(request, task_id, run_id)
-        database, hub = request.app.state.database, request.app.state.hub
+        state = request.app.state
         after = stream.position(request.headers.get("last-event-id"))
         if after is None:
             latest = request.query_params.get("start") == "latest"
-            after = await events.last_seq(database, row["id"]) if latest else 0
-        frames = stream.frames(database, hub, row["id"], after=after)
+            after = await events.last_seq(state.database, row["id"]) if latest else 0
+        frames = stream.frames(state.tails, row["id"], after=after)
         return Stream(frames, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     @get("/connection_token", opt={"scope": "task:write"})
@@ -160,10 +160,10 @@ async def signed_log(request: Req, run_id: FromPath[str]) -> Stream:
     signer = request.app.state.signer
     if not signer.valid(f"log:{wanted}", query.get("expires", ""), query.get("signature", "")):
         raise NotFoundError("This link is not valid or has expired. Get the run again for a new one.")
-    database = request.app.state.database
-    if not await events.read(database, wanted, Shown.LOG, after=0, limit=1):
+    record = request.app.state.record
+    if not await record.has_log(wanted):
         raise NotFoundError("This run has no log yet.")
-    return Stream(log.lines(database, [wanted]), media_type="application/jsonl", headers=LOG_HEADERS)
+    return Stream(log.lines(record, [wanted]), media_type="application/jsonl", headers=LOG_HEADERS)
 
 
 def timing(name: str, began: float) -> dict[str, str]:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from taskyard.errors import InvalidInputError
-from taskyard.events.entries import parse_time
-from taskyard.events.store import Filter
+from taskyard.events.entries import Filter, parse_time
 
 DEFAULT_LIMIT = 1000
 MAX_LIMIT = 5000

@@ -10,16 +10,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from taskyard.schemas import Body, Filled, NotNull, Text
-
-
-class Status(StrEnum):
-    NOT_STARTED = "not_started"
-    QUEUED = "queued"
-    IN_PROGRESS = "in_progress"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
+from taskyard.tasks.schemas import RunStatus
 
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
 
@@ -106,6 +97,14 @@ class RunFields(Body):
     initial_permission_mode: Annotated[PermissionMode | None, NotNull] = None
     agent: Annotated[Filled | None, NotNull] = None
     """Addition of ours: the name of a configured agent other than claude and codex."""
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Addition of ours: before which runs of its project it gets a worker. Only admins may ask for more than 0."""
+    budget_cost: Annotated[float | None, NotNull, Field(gt=0, le=1_000_000, allow_inf_nan=False)] = None
+    """Addition of ours: US dollars that the run may spend on models."""
+    budget_tokens: Annotated[int | None, NotNull, Field(gt=0, le=10**15)] = None
+    """Addition of ours: tokens that the run may use, those read from a cache not counted."""
+    allowed_models: Annotated[list[Filled] | None, NotNull, Field(min_length=1, max_length=100)] = None
+    """Addition of ours: the models that the run may use, `*` for any characters."""
 
 
 class RunTask(RunFields):
@@ -132,7 +131,7 @@ class RunStart(Body):
 class RunUpdate(Body):
     """`PATCH R/` (§5.4): what is not sent stays as it is."""
 
-    status: Annotated[Status | None, NotNull] = None
+    status: Annotated[RunStatus | None, NotNull] = None
     branch: Annotated[Filled, StringConstraints(max_length=255)] | None = None
     stage: Annotated[Filled, StringConstraints(max_length=100)] | None = None
     output: Any = None

@@ -6,17 +6,17 @@ from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
+from taskyard import json_schema
 from taskyard.accounts.caller import Caller
 from taskyard.artifacts import service as artifacts
-from taskyard.db.engine import Connection, Row
+from taskyard.db.engine import Connection, Database, Row
 from taskyard.environments import secrets
 from taskyard.environments import service as environments
-from taskyard.errors import InvalidInputError, NotFoundError
+from taskyard.errors import InvalidInputError, NotFoundError, PermissionDeniedError
 from taskyard.forge import store as forge
 from taskyard.jobs import enqueue_drive
-from taskyard.runs import lifecycle, store
+from taskyard.runs import lifecycle, resume, store
 from taskyard.runs.choices import Choices, check_runtime, chosen, inherit, state_of
-from taskyard.runs.output import problem_of
 from taskyard.runs.schemas import PENDING_KEYS, Authorship, RunCreate, RunFields, RunStart, RunTask, RunUpdate
 from taskyard.settings import Settings
 from taskyard.tasks import service as tasks
@@ -109,6 +109,8 @@ async def _insert(
     started: bool,
 ) -> Row:
     """Steps 5, 6, 8 and 10 of §4.8.2."""
+    if body.priority > 0 and caller.role != "admin" and not caller.is_staff:
+        raise PermissionDeniedError("Only admins of the project may give a run a priority above 0.")
     await _check_authorship(connection, caller, task, choices, body.github_user_token)
     if (wanted := choices.sandbox_environment_id) is not None:
         usable = await environments.accessible(connection, caller.project.id, wanted, task["created_by_id"])
@@ -186,18 +188,35 @@ async def locked(connection: Connection, caller: Caller, task_id: UUID, run_id: 
     return row
 
 
-async def set_output(connection: Connection, caller: Caller, task_id: UUID, run_id: UUID, output: Any) -> Row:
-    """Replace the output (§5.5). With a schema on the task, an output that fits it completes the run.
+async def check_output(
+    database: Database, caller: Caller, task_id: UUID, run_id: UUID, output: Any
+) -> bool:
+    """Whether the task has a schema, which the output fits: then it completes the run (§5.5).
 
-    The run is answered as it is before that: it completes a moment later, as its worker gets to it, or at
-    once when none has it.
+    Raises InvalidInputError when it does not fit. That can take seconds, so nothing is locked meanwhile.
+    """
+    if await store.get(database, caller, task_id, run_id) is None:
+        raise NotFoundError
+    async with database.connection() as connection:
+        schema = await store.json_schema(connection, task_id)
+    if schema is None:
+        return False
+    if (problem := await json_schema.value_problem(schema, output)) is not None:
+        raise InvalidInputError(body={"error": f"Output validation error: {problem}"})
+    return True
+
+
+async def set_output(
+    connection: Connection, caller: Caller, task_id: UUID, run_id: UUID, output: Any, *, completes: bool
+) -> Row:
+    """Replace the output (§5.5).
+
+    When that completes the run, it is answered as it is before: it completes a moment later, as its worker gets
+    to it, or at once when none has it.
     """
     await locked(connection, caller, task_id, run_id)
-    schema = await store.json_schema(connection, task_id)
-    if schema is not None and (problem := problem_of(schema, output)) is not None:
-        raise InvalidInputError(body={"error": f"Output validation error: {problem}"})
     saved = await lifecycle.change(connection, run_id, output=output)
-    if schema is not None and not await store.ask_to_complete(connection, run_id):
+    if completes and not await store.ask_to_complete(connection, run_id):
         await lifecycle.change(connection, run_id, status="completed")
     return saved
 
@@ -240,6 +259,8 @@ async def resume_in_cloud(connection: Connection, caller: Caller, task_id: UUID,
         raise InvalidInputError(body={"error": "Run is already active in cloud"})
     await tasks.find(connection, caller, task_id)
     await store.take_away(connection, run_id)
+    if row["environment"] == "local":
+        await resume.forget_checkpoint(connection, run_id)
     saved = await lifecycle.change(
         connection,
         run_id,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, LiteralString
 from uuid import UUID
@@ -26,9 +28,13 @@ def readable(caller: Caller, task_id: UUID) -> tuple[LiteralString, dict[str, An
 
 
 async def get(database: Database, caller: Caller, task_id: UUID, run_id: UUID) -> Row | None:
+    """The run, and under `queued` whether it waits for a driver."""
     where, scope = readable(caller, task_id)
     return await database.fetch_one(
-        "SELECT r.* FROM runs r WHERE r.id = %(run)s AND " + where, **scope, run=run_id
+        "SELECT r.*, EXISTS (SELECT FROM run_queue q WHERE q.run_id = r.id) AS queued"
+        " FROM runs r WHERE r.id = %(run)s AND " + where,
+        **scope,
+        run=run_id,
     )
 
 
@@ -212,6 +218,14 @@ async def keep_user_token(connection: Connection, run_id: UUID, sealed: bytes, h
     )
 
 
+async def user_token(database: Database, run_id: UUID) -> bytes | None:
+    """The encrypted token that is kept beside a run; None when there is none, or it has expired."""
+    row = await database.fetch_one(
+        "SELECT token FROM run_user_tokens WHERE run_id = %(run)s AND expires_at > clock_timestamp()", run=run_id
+    )
+    return None if row is None else bytes(row["token"])
+
+
 async def notify(connection: Connection, run_id: UUID) -> None:
     """Tell whoever drives the run to look at its rows."""
     await connection.execute("SELECT pg_notify('taskyard', 'r:' || %(run)s::text)", {"run": run_id})
@@ -219,7 +233,7 @@ async def notify(connection: Connection, run_id: UUID) -> None:
 
 # --- the lease ---------------------------------------------------------------------------------------
 
-LEASE_S = 30
+LEASE_S = 20
 """A worker that is silent for this long has lost its runs; it renews every third of it."""
 
 
@@ -233,18 +247,53 @@ class Lease:
     """1 for the first worker that drives the run since it was started."""
 
 
-async def claim(database: Database, run_id: UUID, worker: str) -> Lease | None:
-    """Take a run that nobody holds; None while somebody does."""
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A run as its new worker finds it."""
+
+    lease: Lease
+    place: str | None
+    """The data folder of the worker that had it before."""
+    resumes: int
+    """How many workers in a row were lost with it, without progress."""
+    driven_s: float
+    """Seconds since a worker drove it first."""
+    turn: dict[str, Any] | None
+    """What was going on: see resume.Turn; None when nothing was begun yet."""
+    idle_s: float
+    """Seconds since the end of the last turn."""
+
+
+async def claim(database: Database, run_id: UUID, worker: str, place: str | None = None) -> Claimed | None:
+    """Take a run that nobody holds, or that the queue holds for this worker; None while somebody else does.
+
+    `place` names the worker's data folder.
+
+    A worker that gave the run back in order is not there any more; one that is was lost with it.
+    """
     row = await database.fetch_one(
-        "UPDATE run_cursors SET generation = generation + 1, held_generation = generation + 1, worker = %(worker)s,"
-        " leased_until = clock_timestamp() + make_interval(secs => %(lease)s)"
-        " WHERE run_id = %(run)s AND (leased_until IS NULL OR leased_until < clock_timestamp())"
-        " RETURNING generation, generation - started_generation AS attempt",
+        "UPDATE run_cursors c SET generation = c.generation + 1, held_generation = c.generation + 1,"
+        " worker = %(worker)s, place = %(place)s, suspended_at = NULL, due_at = NULL, reserved_by = NULL,"
+        " leased_until = clock_timestamp() + make_interval(secs => %(lease)s),"
+        " driven_since = coalesce(c.driven_since, clock_timestamp()),"
+        " resumes = c.resumes + (c.worker IS NOT NULL)::int"
+        # The lock is on both: what was there before is read after whoever held it.
+        " FROM (SELECT run_id, place FROM run_cursors WHERE run_id = %(run)s FOR UPDATE) before"
+        " WHERE c.run_id = before.run_id AND (c.leased_until IS NULL OR c.leased_until < clock_timestamp()"
+        " OR c.reserved_by = %(worker)s)"
+        " RETURNING c.generation, c.generation - c.started_generation AS attempt, before.place, c.resumes, c.turn,"
+        " extract(epoch FROM clock_timestamp() - c.driven_since)::float AS driven_s,"
+        " extract(epoch FROM clock_timestamp() - coalesce((c.turn ->> 'ended_at')::timestamptz, clock_timestamp()))"
+        "::float AS idle_s",
         run=run_id,
         worker=worker,
+        place=place,
         lease=LEASE_S,
     )
-    return None if row is None else Lease(run_id, row["generation"], row["attempt"])
+    if row is None:
+        return None
+    lease = Lease(run_id, row["generation"], row["attempt"])
+    return Claimed(lease, row["place"], row["resumes"], row["driven_s"], row["turn"], row["idle_s"])
 
 
 async def ask_to_complete(connection: Connection, run_id: UUID) -> bool:
@@ -269,7 +318,8 @@ async def take_away(connection: Connection, run_id: UUID) -> None:
     """
     await connection.execute(
         "UPDATE run_cursors SET generation = generation + 1, started_generation = generation + 1,"
-        " completing = false WHERE run_id = %(run)s",
+        " completing = false, place = NULL, suspended_at = NULL, due_at = NULL, driven_since = NULL, resumes = 0,"
+        " turn = NULL WHERE run_id = %(run)s",
         {"run": run_id},
     )
 
@@ -287,25 +337,29 @@ class Watched:
     """Its output is there: publish what is left, and complete it."""
     quiet_s: float | None
     """Seconds since the last sign of life from outside; None without one."""
+    mail: bool
+    """A command waits for an answer."""
 
 
 async def watch(database: Database, lease: Lease) -> Watched:
     row = await database.fetch_one(
         "SELECT c.generation = %(generation)s AS held, r.started_at IS NOT NULL AS wanted, c.completing,"
         " r.status IN ('completed', 'failed', 'cancelled') AS ended,"
-        " extract(epoch FROM clock_timestamp() - c.heartbeat_at)::float AS quiet_s"
+        " extract(epoch FROM clock_timestamp() - c.heartbeat_at)::float AS quiet_s,"
+        " EXISTS (SELECT FROM commands m WHERE m.run_id = r.id AND m.answered_at IS NULL) AS mail"
         " FROM runs r JOIN run_cursors c ON c.run_id = r.id WHERE r.id = %(run)s",
         run=lease.run_id,
         generation=lease.generation,
     )
-    return Watched(False, False, True, False, None) if row is None else Watched(**row)
+    return Watched(False, False, True, False, None, False) if row is None else Watched(**row)
 
 
 async def renew(database: Database, lease: Lease) -> bool:
     """Hold the lease for another term; False when it is lost."""
     row = await database.fetch_one(
         "UPDATE run_cursors SET leased_until = clock_timestamp() + make_interval(secs => %(lease)s)"
-        " WHERE run_id = %(run)s AND generation = %(generation)s RETURNING 1",
+        # One that was found lost is gone: its slot may be somebody else's by now.
+        " WHERE run_id = %(run)s AND generation = %(generation)s AND leased_until IS NOT NULL RETURNING 1",
         run=lease.run_id,
         generation=lease.generation,
         lease=LEASE_S,
@@ -322,3 +376,19 @@ async def release(database: Database, lease: Lease) -> None:
         run=lease.run_id,
         generation=lease.generation,
     )
+
+
+async def driven_here(database: Database, place: str, names: Collection[str]) -> set[str]:
+    """Which of these are ids of runs that go on and were driven last from this data folder: their sandboxes are
+    used again. Those of sleeping runs are not."""
+    rows = await database.fetch(
+        "SELECT r.id::text AS id FROM runs r JOIN run_cursors c ON c.run_id = r.id"
+        " WHERE r.id = ANY(%(ids)s::uuid[]) AND r.started_at IS NOT NULL"
+        " AND c.suspended_at IS NULL AND c.place = %(place)s",
+        ids=[name for name in names if _CANONICAL.fullmatch(name)],
+        place=place,
+    )
+    return {row["id"] for row in rows}
+
+
+_CANONICAL = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")

@@ -15,10 +15,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
-from taskyard.sandbox import cgroups, checks
+from taskyard.sandbox import cgroups, checks, strays
 from taskyard.sandbox.cgroups import Cgroups
-from taskyard.sandbox.folder import Folder, check_id
+from taskyard.sandbox.folder import Folder, check_id, group_name
 from taskyard.sandbox.identities import UidRange
 from taskyard.sandbox.launch import Host, command_line, door_command
 from taskyard.sandbox.listener import SOURCE, open_door
@@ -43,7 +44,8 @@ class BubblewrapProvider:
     capabilities = frozenset({"network:none", "network:listener", "stdin"})
 
     def __init__(self, settings: Settings) -> None:
-        self._root = settings.data_dir / "sandboxes"
+        # Absolute: claims on uids name it for all servers of this host.
+        self.root = settings.data_dir.absolute() / "sandboxes"
         self._uid_range = settings.sandbox.uid_range
         self._host: Host | None = None
 
@@ -60,8 +62,9 @@ class BubblewrapProvider:
         return problems
 
     async def create(self, spec: Spec) -> BubblewrapSandbox:
-        host = await self._ready()
-        path = self._root / check_id(spec.id)
+        host = await self.host()
+        path = self.root / check_id(spec.id)
+        await self._remove_dead(spec.id)
         try:
             folder = await asyncio.to_thread(Folder.create, path, spec.limits, host.uids)
         except OSError as error:
@@ -76,25 +79,34 @@ class BubblewrapProvider:
 
     async def attach(self, sandbox_id: str) -> BubblewrapSandbox | None:
         """See provider.Provider. The mounts of the spec are not kept: give them to each exec."""
-        host = await self._ready()
-        folder = await asyncio.to_thread(Folder.open, self._root / check_id(sandbox_id))
+        host = await self.host()
+        folder = await asyncio.to_thread(Folder.open, self.root / check_id(sandbox_id))
         if folder is None:
             return None
         sandbox = BubblewrapSandbox(host, folder)
         try:
+            await sandbox.take_over()
             sandbox.limit()
         except BaseException:
             folder.close()
             raise
         return sandbox
 
+    async def _remove_dead(self, sandbox_id: str) -> None:
+        """Remove a sandbox of this id that a dead server left, if there is one."""
+        # If it is in use, or cannot be removed, then there is none to be made.
+        with suppress(SandboxError, OSError):
+            if (left := await self.attach(sandbox_id)) is not None:
+                await left.destroy()
+
     async def list(self) -> list[str]:
         try:
-            return sorted(await asyncio.to_thread(os.listdir, self._root))
+            return sorted(await asyncio.to_thread(os.listdir, self.root))
         except FileNotFoundError:
             return []
 
-    async def _ready(self) -> Host:
+    async def host(self) -> Host:
+        """What this machine has for sandboxes. Raises SetupError when it cannot run any."""
         if self._host is None:
             checks.require(await checks.bubblewrap())
             checks.require(checks.machine())
@@ -117,13 +129,24 @@ class BubblewrapSandbox:
         self._host = host
         self._folder = folder
         self._mounts = tuple(mounts)
-        # The inode is in the name because servers with different data folders may use the same id.
-        name = f"{self.id}.{folder.path.stat().st_ino:x}"
-        self._group = host.cgroups.group(name) if host.cgroups else None
+        self._group = host.cgroups.group(group_name(folder.path)) if host.cgroups else None
         self._thread = threading.get_ident()
         self._processes: set[BubblewrapProcess] = set()
         self._starting: set[asyncio.Future[None]] = set()
         self._destruction: asyncio.Task[None] | None = None
+
+    @property
+    def scratch(self) -> Path:
+        return self._folder.scratch
+
+    async def take_over(self) -> None:
+        """End what a dead server left running in it, and remove its temporary files. Raises SandboxError."""
+        if self._group is not None:
+            await self._group.remove()
+        root = self._folder.path.parent
+        found = await asyncio.to_thread(strays.find, root)
+        await strays.end(root, [stray for stray in found if stray.sandbox_id == self.id])
+        await self._folder.clear_scratch()
 
     def limit(self) -> None:
         """Set the limits of the sandbox, where control groups can. Raises SandboxError."""
@@ -171,17 +194,26 @@ class BubblewrapSandbox:
             starting.set_result(None)
 
     async def destroy(self) -> None:
+        await self._end(remove=True)
+
+    async def detach(self) -> None:
+        await self._end(remove=False)
+
+    async def _end(self, *, remove: bool) -> None:
         if self._destruction is None or (self._destruction.done() and self._destruction.exception()):
-            self._destruction = asyncio.create_task(self._destroy(), name=f"destroy {self.id}")
+            self._destruction = asyncio.create_task(self._free(remove=remove), name=f"free {self.id}")
         await asyncio.shield(self._destruction)
 
-    async def _destroy(self) -> None:
+    async def _free(self, *, remove: bool) -> None:
         while self._processes or self._starting:
             processes, self._processes = self._processes, set()
             await asyncio.gather(*(process.kill() for process in processes), *self._starting)
         if self._group is not None:
             await self._group.remove()
-        await self._folder.remove()
+        if remove:
+            await self._folder.remove()
+        else:
+            self._folder.close()
 
     async def _start(
         self, command: list[str], scene: Scene, stdin: bool, on_listener: ListenerHandler | None

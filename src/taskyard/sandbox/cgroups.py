@@ -43,6 +43,14 @@ class Cgroups:
     version: int
     parents: dict[str, Path]
 
+    def names(self) -> set[str]:
+        """The groups that exist, of all servers that make theirs in the same place."""
+        found: set[str] = set()
+        for parent in set(self.parents.values()):
+            with suppress(FileNotFoundError):
+                found |= {entry.name for entry in os.scandir(parent) if entry.is_dir()}
+        return found - {SERVER}
+
     def group(self, name: str) -> Group:
         """The group of one sandbox, which may or may not exist."""
         return Group(self.version, {key: parent / name for key, parent in self.parents.items()})

@@ -1,7 +1,10 @@
-"""The folder of one sandbox on the host: DATA/sandboxes/ID/{workspace,home,sandbox.json}.
+"""The folder of one sandbox on the host: DATA/sandboxes/ID/{workspace,home,scratch,sandbox.json}.
 
-Only the two inner folders belong to the sandbox's user; the one around them is the server's alone (0700),
+Only the workspace and the home belong to the sandbox's user; the one around them is the server's alone (0700),
 so that nobody else on the host gets near what an agent wrote. The server itself never opens a path in there.
+`scratch` is for the server's own temporary files about the sandbox: they go with it, whatever becomes of the server.
+
+A lock (flock) on the folder says that a living process has it; the system frees it, however the process ends.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,31 +52,36 @@ class Folder:
     def home(self) -> Path:
         return self.path / "home"
 
+    @property
+    def scratch(self) -> Path:
+        return self.path / "scratch"
+
     @classmethod
     def create(cls, path: Path, limits: Limits, uids: UidRange | None) -> Folder:
         """Make the folder, with a new uid if there is a range. Raises SandboxError, SetupError, OSError."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError:
-            raise SandboxError(f"a sandbox named {path.name} exists already") from None
-        lock = -1
-        try:
+        # Nobody who looks for leftovers gets between the folder and its lock.
+        with _gate(path.parent, fcntl.LOCK_SH):
+            try:
+                path.mkdir(mode=0o700)
+            except FileExistsError:
+                raise SandboxError(f"a sandbox named {path.name} exists already") from None
             lock = _lock(path)
+        try:
             identity = None
             if uids is not None:
                 uid = identities.claim(uids, path, _recorded_uids(path.parent))
                 identity = Identity(uid, uid)
             folder = cls(path, identity, limits, lock)
             folder._write_record()
+            folder.scratch.mkdir(mode=0o700)
             for inner in (folder.workspace, folder.home):
                 inner.mkdir(mode=0o700)
                 if identity is not None:
                     os.chown(inner, identity.uid, identity.gid)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)  # no agent has been in there
-            if lock >= 0:
-                os.close(lock)
+            os.close(lock)
             raise
         return folder
 
@@ -80,14 +89,29 @@ class Folder:
     def open(cls, path: Path) -> Folder | None:
         """An existing folder, or None. Raises SandboxError when another process uses it."""
         try:
-            lock = _lock(path)
+            with _gate(path.parent, fcntl.LOCK_EX):
+                lock = _lock(path)
         except FileNotFoundError:
             return None
         record = _read_record(path)
         uid = record.get("uid")
         identity = Identity(uid, uid) if uid is not None else None
         limits = Limits(**record["limits"]) if "limits" in record else None
-        return cls(path, identity, limits, lock)
+        folder = cls(path, identity, limits, lock)
+        if not all(_is_of(inner, identity) for inner in (folder.workspace, folder.home)):
+            folder.limits = None
+        return folder
+
+    async def clear_scratch(self) -> None:
+        """Remove what is in the folder for temporary files. Raises SandboxError."""
+        try:
+            self.scratch.mkdir(mode=0o700, exist_ok=True)
+            left = list(self.scratch.iterdir())
+        except OSError:  # no room for it, or damaged: it can still be removed
+            self.limits = None
+            return
+        if left:
+            await remove_trees(left)
 
     async def remove(self) -> None:
         """Remove the folder, whatever is in it, and free its uid. Nothing may run in it any more.
@@ -96,7 +120,7 @@ class Folder:
         """
         if self._lock < 0:
             return
-        inner = [path for path in (self.workspace, self.home) if _is_there(path)]
+        inner = [path for path in (self.workspace, self.home, self.scratch) if _is_there(path)]
         if inner:
             await remove_trees(inner)
         # The record goes last: it says whose files they are, if we are interrupted before.
@@ -128,6 +152,14 @@ class Folder:
         new.replace(self.path / RECORD)
 
 
+def group_name(path: Path) -> str:
+    """What the control group of a sandbox with this folder is called.
+
+    The inode is in it because servers with different data folders may use the same id. Raises FileNotFoundError.
+    """
+    return f"{path.name}.{path.lstat().st_ino:x}"
+
+
 async def remove_trees(paths: Sequence[Path]) -> None:
     """Remove folders that an agent wrote, links and unreadable folders included, and follow no link.
 
@@ -141,6 +173,15 @@ async def remove_trees(paths: Sequence[Path]) -> None:
         said = await _coreutil("rm", "-rf", "--one-file-system", "--", *left)
         if any(map(_is_there, paths)):
             raise SandboxError(f"the folder of a sandbox cannot be removed: {said or left[0]}")
+
+
+def _is_of(path: Path, identity: Identity | None) -> bool:
+    """Whether a folder was finished: it is there, and given to its user."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == (identity.uid if identity else os.geteuid())
 
 
 def _is_there(path: Path) -> bool:
@@ -162,6 +203,17 @@ async def _coreutil(*command: str) -> str:
         tail = (tail + chunk)[-1000:]
     await process.wait()
     return tail.decode("utf-8", "replace").strip()
+
+
+@contextmanager
+def _gate(root: Path, kind: int) -> Iterator[None]:
+    """A moment's lock on the folder of all sandboxes; waits for it."""
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lock(path: Path) -> int:

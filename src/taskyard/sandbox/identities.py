@@ -64,7 +64,7 @@ def claim(uids: UidRange, folder: Path, taken: Iterable[int] = ()) -> int:
     Raises SandboxError when all are in use.
     """
     with _locked():
-        used = set(taken) | _claimed()
+        used = set(taken) | set(_claimed())
         for uid in uids.in_random_order():
             if uid not in used and uid not in _RESERVED and not _is_user(uid):
                 (CLAIMS / str(uid)).write_text(str(folder), "utf-8")
@@ -83,13 +83,20 @@ def release(uid: int, folder: Path) -> None:
             path.unlink()
 
 
-def _claimed() -> set[int]:
-    claimed = set()
+def folders() -> list[Path]:
+    """The folders of all sandboxes on this host, of all servers that run as root. Void claims are removed."""
+    with _locked():
+        return list(_claimed().values())
+
+
+def _claimed() -> dict[int, Path]:
+    claimed = {}
     for path in CLAIMS.iterdir():
         if not path.name.isdecimal():
             continue
-        if Path(path.read_text("utf-8")).exists():
-            claimed.add(int(path.name))
+        folder = Path(path.read_text("utf-8"))
+        if folder.exists():
+            claimed[int(path.name)] = folder
         else:
             path.unlink()
     return claimed

@@ -132,6 +132,10 @@ class Sandbox(Protocol):
     def home(self) -> str:
         """Absolute path inside; writable."""
 
+    @property
+    def scratch(self) -> Path:
+        """A folder on the host for the server's own temporary files about this sandbox; it goes with it."""
+
     async def exec(
         self,
         argv: Sequence[str],
@@ -153,6 +157,9 @@ class Sandbox(Protocol):
         that is not 0 and says so on standard error.
         """
 
+    async def detach(self) -> None:
+        """End everything in it and let go of it; its folders stay, for Provider.attach."""
+
     async def destroy(self) -> None:
         """End everything in it and remove it. Idempotent; a failed attempt may be repeated."""
 
@@ -167,12 +174,16 @@ class Provider(Protocol):
         """Everything the provider needs of this machine, whether or not it is there."""
 
     async def create(self, spec: Spec) -> Sandbox:
-        """A new, empty sandbox. Raises SetupError (this machine cannot), SandboxError (this one cannot)."""
+        """A new, empty sandbox, in place of one of this id that a dead server left.
+
+        Raises SetupError (this machine cannot), SandboxError (this one cannot).
+        """
 
     async def attach(self, sandbox_id: str) -> Sandbox | None:
         """A sandbox left behind by a server that is gone, or None if there is none of this id.
 
-        Raises SandboxError while another process uses it.
+        Nothing runs in it any more, and its two folders are as they were. Raises SandboxError while another process
+        uses it.
         """
 
     async def list(self) -> list[str]:

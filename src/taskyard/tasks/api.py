@@ -11,7 +11,7 @@ from taskyard.accounts.caller import Caller, authorize
 from taskyard.http import answer, body, limit_offset, log_urls, origin_of, page, path_uuid
 from taskyard.schemas import parse_query
 from taskyard.tasks import present, service
-from taskyard.tasks.schemas import Narrowing, Summaries, TaskQuery, TaskWrite
+from taskyard.tasks.schemas import Narrowing, Presence, Summaries, TaskQuery, TaskWrite
 
 Req = Request[Caller, Any, Any]
 
@@ -45,12 +45,20 @@ class TaskController(Controller):
         results = [present.summary(row) for row in rows]
         return page(request, origin_of(request), results, count, limit, offset)
 
+    @post("/{task_id:str}/presence", status_code=204)
+    async def present(self, request: Req, task_id: FromPath[str]) -> None:
+        """A device that looks at the task needs no push messages. There are none here: nothing is kept (§4.12)."""
+        await body(request, Presence)
+        await service.find(request.app.state.database, request.user, path_uuid(task_id))
+
+    @delete("/{task_id:str}/presence", status_code=204)
+    async def absent(self, request: Req, task_id: FromPath[str]) -> None:
+        await service.find(request.app.state.database, request.user, path_uuid(task_id))
+
     @post()
     async def create(self, request: Req) -> Response[bytes]:
         sent = await body(request, TaskWrite)
-        # One statement, so a transaction of its own.
-        async with request.app.state.database.connection() as connection:
-            row = await service.create(connection, request.user, sent)
+        row = await service.create(request.app.state.new_tasks, request.user, sent)
         return answer(present.task(row, log_urls(request)), 201)
 
     @get("/{task_id:str}")

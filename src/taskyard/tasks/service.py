@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
+from taskyard import json_schema
 from taskyard.accounts.caller import Caller
 from taskyard.db.engine import Connection, Database, Row
 from taskyard.errors import InvalidInputError, NotFoundError
 from taskyard.tasks import filters, store
+from taskyard.tasks.inserts import Inserts
 from taskyard.tasks.naming import title_from
 from taskyard.tasks.schemas import Narrowing, OriginProduct, TaskQuery, TaskWrite
 from taskyard.tasks.search import search
@@ -16,22 +18,24 @@ from taskyard.tasks.search import search
 EVERYTHING = Narrowing()
 
 
-async def create(connection: Connection, caller: Caller, body: TaskWrite) -> Row:
-    """A new task of the caller's project, as stored (tasks-api §4.2)."""
-    _check(body)
+async def create(target: Inserts | Connection, caller: Caller, body: TaskWrite) -> Row:
+    """A new task of the caller's project, as stored (tasks-api §4.2); with a connection, in its transaction."""
+    await _check(body)
     fields = {name: getattr(body, name) for name in store.COLUMNS}
     if body.title:
         fields["title_manually_set"] = body.title_manually_set if _sent(body, "title_manually_set") else True
     else:
         fields["title"] = title_from(body.description)
-    return await store.insert(connection, caller.project.id, caller.user_id, fields)
+    if isinstance(target, Inserts):
+        return await target.insert(caller.project.id, caller.user_id, fields)
+    return (await store.insert(target, caller.project.id, [store.new_task(caller.user_id, fields)]))[0]
 
 
 async def update(
     connection: Connection, caller: Caller, task_id: UUID, body: TaskWrite, query: Narrowing = EVERYTHING
 ) -> Row:
     """Only the sent fields change (§4.4); a sent title counts as set by hand (§2.3)."""
-    _check(body)
+    await _check(body)
     changes: dict[str, Any] = body.sent()
     if "title" in changes and "title_manually_set" not in changes:
         changes["title_manually_set"] = True
@@ -87,12 +91,18 @@ def _sent(body: TaskWrite, name: str) -> bool:
     return name in body.model_fields_set
 
 
-def _check(body: TaskWrite) -> None:
-    """Checks between fields (§2.7). No integration exists here yet, so every id is unknown."""
+async def _check(body: TaskWrite) -> None:
+    """Checks beyond single fields (§2.7). No integration exists here yet, so every id is unknown.
+
+    A schema that is none is refused when it is written, not when an answer is checked against it (§2.5).
+    """
     for name in ("github_integration", "github_user_integration", "signal_report"):
         if (value := getattr(body, name)) is not None:
             detail = f'Invalid pk "{value}" - object does not exist.'
             raise InvalidInputError(detail, code="does_not_exist", attr=name)
+    if body.json_schema is not None and (problem := await json_schema.schema_problem(body.json_schema)):
+        detail = f"json_schema is not a valid JSON Schema: {problem}"
+        raise InvalidInputError(detail, attr="json_schema")
     if body.signal_report_task_relationship is None:
         return
     name = "signal_report_task_relationship"

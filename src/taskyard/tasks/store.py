@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, LiteralString
 from uuid import UUID
 
+import msgspec
 from psycopg import AsyncCursor, sql
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
@@ -13,11 +14,13 @@ from psycopg.types.json import Jsonb
 from taskyard.db.engine import Connection, Database, Row
 from taskyard.tasks.filters import Where
 
+PROJECT_NAME: LiteralString = "(SELECT p.name FROM projects p WHERE p.id = %(project)s)"
 TASK: tuple[LiteralString, ...] = (
     "t.id", "t.project_id", "t.task_number", "t.title", "t.title_manually_set", "t.description",
     "t.origin_product", "t.repository", "t.github_integration_id", "t.github_user_integration_id",
     "t.signal_report_id", "t.json_schema", "t.internal", "t.ci_prompt", "t.archived", "t.archived_at",
-    "t.created_by_id", "t.created_at", "t.updated_at", "p.name AS project_name",
+    "t.created_by_id", "t.created_at", "t.updated_at",
+    PROJECT_NAME + " AS project_name",
     "u.id AS user_id", "u.uuid::text AS user_uuid", "u.distinct_id", "u.first_name", "u.last_name", "u.email",
 )  # fmt: skip
 RUN: tuple[LiteralString, ...] = (
@@ -26,14 +29,19 @@ RUN: tuple[LiteralString, ...] = (
 )  # fmt: skip
 """Columns by name: a prepared `*` fails once a newer version has added one."""
 
-FROM: LiteralString = """
-FROM tasks t
-JOIN projects p ON p.id = t.project_id
-LEFT JOIN users u ON u.id = t.created_by_id
-LEFT JOIN runs r ON r.id = t.latest_run_id
-"""
+JOINS: LiteralString = (
+    " t LEFT JOIN users u ON u.id = t.created_by_id LEFT JOIN runs r ON r.id = t.latest_run_id WHERE "
+)
+FROM: LiteralString = " FROM tasks" + JOINS
 SELECT: LiteralString = "SELECT " + ", ".join(TASK + RUN) + FROM
 """A task with its creator and newest run."""
+ONE: LiteralString = (
+    "SELECT "
+    + ", ".join(TASK + RUN)
+    # Before there are statistics the planner takes an index of the project, and reads all of its tasks.
+    + " FROM (SELECT * FROM tasks WHERE id = %(task)s OFFSET 0)"
+    + JOINS
+)
 
 
 def _name(column: str) -> str:
@@ -70,7 +78,7 @@ async def _fetch(
 
 async def get(source: Database | Connection, where: Where, task_id: UUID) -> Row | None:
     """The task with this id if it is among those; with its creator and newest run."""
-    query: LiteralString = SELECT + " WHERE t.id = %(task)s AND " + where.sql
+    query: LiteralString = ONE + where.sql
     parameters = {**where.parameters, "task": task_id}
     if isinstance(source, Database):
         async with source.connection() as connection:
@@ -120,7 +128,6 @@ async def page(connection: Connection, where: Where, limit: int, offset: int) ->
         + counting(where)
         + ")"
         + FROM
-        + " WHERE "
         + where.sql
         + start
         + " ORDER BY t.task_number DESC LIMIT %(limit)s"
@@ -138,7 +145,7 @@ async def numbered(connection: Connection, where: Where, numbers: Sequence[int])
     """The tasks with these numbers, newest first."""
     return await _fetch(
         connection,
-        SELECT + " WHERE t.task_number = ANY(%(numbers)s) AND " + where.sql + " ORDER BY t.task_number DESC",
+        SELECT + "t.task_number = ANY(%(numbers)s) AND " + where.sql + " ORDER BY t.task_number DESC",
         {**where.parameters, "numbers": list(numbers)},
     )
 
@@ -182,32 +189,41 @@ INSERT: LiteralString = (
     """
 WITH p AS (
     -- The project's row is the lock: numbers neither collide nor run backwards.
-    UPDATE projects SET next_task_number = next_task_number + 1 WHERE id = %(project)s
-    RETURNING next_task_number - 1 AS number, name
+    UPDATE projects SET next_task_number = next_task_number + %(count)s WHERE id = %(project)s
+    RETURNING next_task_number - %(count)s AS number, name
 ), t AS (
     INSERT INTO tasks (project_id, task_number, created_by_id, title, title_manually_set, description,
         origin_product, repository, github_integration_id, github_user_integration_id, signal_report_id,
         json_schema, internal, ci_prompt, archived, archived_at)
-    SELECT %(project)s, number, %(user)s, %(title)s, %(title_manually_set)s, %(description)s,
-        %(origin_product)s, %(repository)s, %(github_integration)s, %(github_user_integration)s,
-        %(signal_report)s, %(json_schema)s, %(internal)s, %(ci_prompt)s, %(archived)s,
-        CASE WHEN %(archived)s THEN clock_timestamp() END
-    FROM p
+    SELECT %(project)s, p.number + i.n - 1, i."user", i.title, i.title_manually_set, i.description,
+        i.origin_product, i.repository, i.github_integration, i.github_user_integration, i.signal_report,
+        i.json_schema, i.internal, i.ci_prompt, i.archived, CASE WHEN i.archived THEN clock_timestamp() END
+    FROM p, ROWS FROM (json_to_recordset(%(items)s::json) AS (
+        "user" integer, title text, title_manually_set boolean, description text, origin_product text,
+        repository text, github_integration integer, github_user_integration uuid, signal_report uuid,
+        json_schema jsonb, internal boolean, ci_prompt text, archived boolean)) WITH ORDINALITY AS i (
+        "user", title, title_manually_set, description, origin_product, repository, github_integration,
+        github_user_integration, signal_report, json_schema, internal, ci_prompt, archived, n)
+    ORDER BY i.n
     RETURNING *
 )
 SELECT """
-    + ", ".join(TASK)
-    + ", NULL FROM t CROSS JOIN p LEFT JOIN users u ON u.id = t.created_by_id"
+    + ", ".join(TASK).replace(PROJECT_NAME, "p.name")
+    + ", NULL FROM t CROSS JOIN p LEFT JOIN users u ON u.id = t.created_by_id ORDER BY t.task_number"
 )
 
 
-async def insert(connection: Connection, project_id: int, user_id: int, fields: Mapping[str, Any]) -> Row:
-    """A new task with its creator, in one statement."""
-    schema = fields["json_schema"]
-    parameters = {**fields, "project": project_id, "user": user_id}
-    parameters["json_schema"] = None if schema is None else Jsonb(schema)
-    (row,) = await _fetch(connection, INSERT, parameters)
-    return row
+def new_task(user_id: int, fields: Mapping[str, Any]) -> bytes:
+    """A task for `insert`."""
+    return msgspec.json.encode({**fields, "user": user_id})
+
+
+async def insert(connection: Connection, project_id: int, items: Sequence[bytes]) -> list[Row]:
+    """New tasks of one project with their creators, in this order, in one statement."""
+    text = b"[" + b",".join(items) + b"]"
+    return await _fetch(
+        connection, INSERT, {"project": project_id, "count": len(items), "items": text.decode()}
+    )
 
 
 COLUMNS = {

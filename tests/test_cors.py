@@ -23,13 +23,15 @@ async def form_of(yard: Yard) -> tuple[str, Form]:
     return entry["storage_path"], Form(**entry["presigned_post"])
 
 
-async def preflight(client: httpx.AsyncClient, url: str, method: str, origin: str = PAGE) -> httpx.Response:
-    headers = {
+async def preflight(
+    client: httpx.AsyncClient, url: str, method: str, origin: str = PAGE, headers: str = "content-type, range"
+) -> httpx.Response:
+    sent = {
         "Origin": origin,
         "Access-Control-Request-Method": method,
-        "Access-Control-Request-Headers": "content-type, range",
+        "Access-Control-Request-Headers": headers,
     }
-    return await client.options(url, headers=headers)
+    return await client.options(url, headers=sent)
 
 
 async def test_pages_upload_and_download(yard: Yard) -> None:
@@ -71,7 +73,36 @@ async def test_logs_but_nothing_else_of_the_api(yard: Yard) -> None:
     assert got.headers["access-control-allow-origin"] == "*"
     other = await yard.api().get("tasks/", headers={"Origin": PAGE})
     assert other.status_code == 200
-    assert "access-control-allow-origin" not in other.headers
+    assert not [name for name in other.headers if name.startswith("access-control")]
+    asked = await preflight(yard.client, f"/api/projects/{yard.project}/tasks/", "POST")
+    assert not [name for name in asked.headers if name.startswith("access-control")]
+
+
+async def test_the_api_when_it_is_allowed(settings: Settings, database: Database) -> None:
+    own = settings.model_copy(update={"cors_origins": [PAGE]})
+    async with open_yard(own, database) as yard:
+        path = f"/api/projects/{yard.project}/tasks/"
+        for method in ("GET", "POST", "PATCH", "DELETE"):
+            asked = await preflight(yard.client, path, method, headers="authorization, content-type")
+            assert asked.status_code == 200
+            assert asked.headers["access-control-allow-origin"] == PAGE
+            assert method in asked.headers["access-control-allow-methods"]
+            assert asked.headers["access-control-allow-headers"] == "authorization, content-type"
+        made = await yard.api().post("tasks/", {"title": "x"}, headers={"Origin": PAGE})
+        refused = await yard.api(None).get("tasks/", headers={"Origin": PAGE})
+        for answer, status in ((made, 201), (refused, 401)):
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == PAGE
+            assert answer.headers["vary"] == "Origin"
+            assert "Retry-After" in answer.headers["access-control-expose-headers"]
+            assert "access-control-allow-credentials" not in answer.headers
+        other = await yard.api().get("tasks/", headers={"Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in other.headers
+        # Pages for people are no part of it, nor do links follow its rule.
+        page = await yard.client.get("/login", headers={"Origin": PAGE})
+        assert "access-control-allow-origin" not in page.headers
+        link = await yard.client.get("/api/objects/none", headers={"Origin": "https://evil.example"})
+        assert link.headers["access-control-allow-origin"] == "*"
 
 
 async def test_named_origins_only(settings: Settings, database: Database) -> None:

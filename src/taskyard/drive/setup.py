@@ -1,0 +1,215 @@
+"""Setting a run up: its sandbox, its workspace, its agent, out of what there is of an earlier worker or run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import UUID
+
+import structlog
+
+from taskyard.drive.checkpoint import Keeper, base_of
+from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, OutputGiven, RunFailure
+from taskyard.drive.session import adapter_of, start_agent
+from taskyard.drive.snapshot import SnapshotError
+from taskyard.drive.turns import ConversingRun
+from taskyard.drive.work import Work
+from taskyard.drive.workspace import WorkspaceError
+from taskyard.errors import TaskyardError
+from taskyard.events import entries
+from taskyard.events.store import LeaseLostError
+from taskyard.objects.interface import StorageError
+from taskyard.runs import resume
+from taskyard.runs import store as runs
+from taskyard.runs.resume import Checkpoint
+from taskyard.sandbox.provider import Limits, Sandbox, SandboxError, Spec
+
+log = structlog.get_logger()
+
+
+class PreparingRun(ConversingRun):
+    async def _set_up(self) -> None:
+        """Make everything that a turn needs. Raises RunFailure."""
+        state = self._row["state"]
+        adapter = adapter_of(self.parts.settings, state)
+        own = await self._patiently(lambda: resume.checkpoint_of(self.parts.database, self.lease.run_id))
+        kept = own if own is not None or self._resumed else await self._predecessor()
+        self._keeper = Keeper(self.parts.database, self.parts.objects, self.lease, self._row["task_id"], own)
+        label = "Setting up sandbox" if not self._resumed else "Setting up sandbox again"
+        async with self._step("sandbox", label, "sandbox_failed"):
+            here = await self._attend(self._find_sandbox(own))
+        assert self._sandbox is not None
+        parts = self.parts
+        self._work = Work(parts.settings, parts.database, self._row, self._sandbox, self.recorder)
+        here = await self._attend(self._fill_workspace(kept, here=here))
+        session_id: str | None = None
+        if kept is not None and kept.agent == adapter.name:
+            session_id = kept.session_id
+            if not here and not await self._attend(self._bring_session(kept)):
+                session_id = None
+        async with self._step("agent", "Starting agent", "agent_start_failed"):
+            await self._attend(self._make_agent(self._sandbox, self._work, session_id))
+        agent = self._agent
+        assert agent is not None
+        await self._patiently(self._note)
+        self.recorder.add(
+            entries.named(
+                "_posthog/run_started",
+                {
+                    "sessionId": agent.session_id,
+                    "runId": self.run_id,
+                    "taskId": str(self._row["task_id"]),
+                    "agentVersion": agent.version,
+                },
+            )
+        )
+        if self._resumed or agent.loaded:
+            self.recorder.add(
+                entries.named(
+                    "_posthog/session/resume", {"sessionId": agent.session_id, "loaded": agent.loaded}
+                )
+            )
+
+    async def _predecessor(self) -> Checkpoint | None:
+        """The checkpoint of the newest run that this one resumes and that has one."""
+        if "resume_from_run_id" not in self._row["state"]:
+            return None
+        chain = await self._patiently(lambda: runs.chain(self.parts.database, self._row))
+        for run_id in reversed(chain[:-1]):
+            if found := await self._checkpoint_of(run_id):
+                return found
+        return None
+
+    async def _checkpoint_of(self, run_id: UUID) -> Checkpoint | None:
+        return await self._patiently(lambda: resume.checkpoint_of(self.parts.database, run_id))
+
+    # What is made is kept by what makes it, not by who waits for it: an end of the run may come at the same
+    # moment, and what nobody knows of is never freed.
+
+    async def _find_sandbox(self, own: Checkpoint | None) -> bool:
+        """The sandbox of the earlier worker, when that was here (True); else a new one."""
+        if self._sandbox is not None:
+            return True  # only its agent was lost
+        provider = self.parts.provider
+        spec = self._spec(self.run_id)
+        try:
+            left = await provider.attach(self.run_id)
+        except SandboxError as error:
+            # A worker on this machine is stopped, or not gone yet; it can do no harm, it has lost the run.
+            log.info("the folder of a run is in use, taking another", run=self.run_id, reason=error.detail)
+            self._sandbox = await provider.create(self._spec(f"{self.run_id}.{self.lease.generation}"))
+            return False
+        if left is not None and own is not None and self.claimed.place == self.parts.place:
+            self._sandbox = left
+            return True
+        if left is not None:
+            await left.destroy()
+        self._sandbox = await provider.create(spec)
+        return False
+
+    def _spec(self, name: str) -> Spec:
+        limits = self.parts.settings.sandbox
+        return Spec(
+            id=name,
+            limits=Limits(
+                cpus=limits.cpus, memory_mb=limits.memory_mb, pids=limits.pids, tmp_mb=limits.tmp_mb
+            ),
+        )
+
+    async def _fill_workspace(self, kept: Checkpoint | None, *, here: bool) -> bool:
+        """Check the repository out, or go on with what is there; whether the sandbox is as it was left."""
+        work, keeper, sandbox = self._work, self._keeper, self._sandbox
+        assert work is not None
+        assert keeper is not None
+        assert sandbox is not None
+        repository = self._task["repository"]
+        base = base_of(kept)
+        if here and (base is not None or not repository):
+            try:
+                if base is not None:
+                    await work.use_again(base)
+            except (WorkspaceError, SandboxError) as error:
+                log.warning("a sandbox cannot be used again", run=self.run_id, reason=error.detail)
+                await sandbox.destroy()
+                self._sandbox = sandbox = await self.parts.provider.create(self._spec(sandbox.id))
+                self._work = work = Work(
+                    self.parts.settings, self.parts.database, self._row, sandbox, self.recorder
+                )
+            else:
+                return True
+        if repository:
+            branch = self._row["branch"] if base is None else base.base_branch
+            label = f"Cloning {repository}" + (f" at {branch}" if branch else "")
+            async with self._step("clone", label, "clone_failed"):
+                if base is None:
+                    await work.check_out()
+                else:
+                    await work.check_out_again(base)
+                if kept is not None:
+                    await self._bring(keeper, sandbox, work, kept)
+            if self._row["branch"] is None:
+                await self._change(state={"pr_base_branch": work.base_branch})
+        elif kept is not None and "files" in kept.parts:
+            async with self._step("workspace", "Bringing back the workspace", "clone_failed"):
+                await self._bring(keeper, sandbox, work, kept)
+        return False
+
+    async def _bring(self, keeper: Keeper, sandbox: Sandbox, work: Work, kept: Checkpoint) -> None:
+        try:
+            await keeper.bring_workspace(sandbox, work, kept)
+        except (SnapshotError, StorageError) as error:
+            raise RunFailure("resume_failed", error.detail) from error
+
+    async def _bring_session(self, kept: Checkpoint) -> bool:
+        """The agent's session files; without them it gets the conversation as a text."""
+        assert self._keeper is not None
+        assert self._sandbox is not None
+        adapter = adapter_of(self.parts.settings, self._row["state"])
+        try:
+            return await self._keeper.bring_session(self._sandbox, adapter, kept)
+        except (SnapshotError, StorageError) as error:
+            log.warning("the session of an agent is lost", run=self.run_id, reason=error.detail)
+            return False
+
+    async def _make_agent(self, sandbox: Sandbox, work: Work, session_id: str | None) -> None:
+        parts = self.parts
+        asked = self.turn.permissions if self.turn is not None and self.turn.open else ()
+        self._agent = await start_agent(
+            parts.settings,
+            parts.database,
+            self._row,
+            sandbox,
+            work,
+            self.recorder,
+            session_id=session_id,
+            asked=asked,
+        )
+
+    async def _note(self) -> None:
+        assert self._keeper is not None
+        assert self._agent is not None
+        assert self._work is not None
+        await self._keeper.note(self._agent.adapter.name, self._agent.session_id, self._work.workspace)
+
+    @asynccontextmanager
+    async def _step(self, step: str, label: str, error_type: ErrorType) -> AsyncIterator[None]:
+        """One step of the set-up, shown as progress; its failure is the run's."""
+        self.recorder.add(entries.progress(self.run_id, step, "in_progress", label))
+        try:
+            yield
+        except (Ended, OutputGiven, Leave, AgentLost, asyncio.CancelledError, LeaseLostError):
+            self.recorder.add(entries.progress(self.run_id, step, "failed", label, "Cancelled"))
+            raise
+        except RunFailure as failure:
+            detail = self._shown(failure.message)
+            self.recorder.add(entries.progress(self.run_id, step, "failed", label, detail))
+            raise
+        except TaskyardError as error:
+            detail = self._shown(error.detail)
+            self.recorder.add(entries.progress(self.run_id, step, "failed", label, detail))
+            raise RunFailure(error_type, detail) from error
+        except Exception:
+            self.recorder.add(entries.progress(self.run_id, step, "failed", label, "Internal error"))
+            raise
+        self.recorder.add(entries.progress(self.run_id, step, "completed", label))

@@ -1,0 +1,302 @@
+"""The conversation of a run: turn after turn, each with its publication and its checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from taskyard.agents.acp import AcpError, AgentGoneError, PromptResult
+from taskyard.db.engine import Row
+from taskyard.db.hub import Wake
+from taskyard.drive.attachments import AttachmentError, deliver
+from taskyard.drive.checkpoint import Keeper
+from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, RunFailure
+from taskyard.drive.held import Parts
+from taskyard.drive.history import conversation
+from taskyard.drive.prompt import (
+    Message,
+    content_blocks,
+    continuation,
+    first_prompt,
+    pending_artifacts,
+    with_history,
+)
+from taskyard.drive.session import AgentSession
+from taskyard.drive.traffic import usage_state
+from taskyard.drive.watch import LOOK_S, WatchedRun
+from taskyard.drive.work import Work
+from taskyard.errors import InvalidInputError, TaskyardError
+from taskyard.events import entries
+from taskyard.events import store as events
+from taskyard.events.record import Record
+from taskyard.events.store import LeaseLostError
+from taskyard.runs import store as runs
+from taskyard.runs.output import problem_of
+from taskyard.runs.resume import Turn
+from taskyard.runs.store import Claimed
+from taskyard.sandbox.provider import Sandbox
+from taskyard.schemas import check_storable
+
+log = structlog.get_logger()
+Json = dict[str, Any]
+
+
+class ConversingRun(WatchedRun):
+    def __init__(self, parts: Parts, claimed: Claimed, wake: Wake) -> None:
+        super().__init__(parts, claimed, wake)
+        self._task: Row = {}
+        self._sandbox: Sandbox | None = None
+        self._work: Work | None = None
+        self._keeper: Keeper | None = None
+        self._idle_s = claimed.idle_s
+
+    @property
+    def _interactive(self) -> bool:
+        return bool(self._row["state"].get("mode") == "interactive")
+
+    async def _converse(self) -> None:
+        """Turn after turn, until the run is over."""
+        if self.turn is None:
+            state = self._row["state"]
+            begun = bool(state.get("handoff_resumed")) and await self._patiently(
+                lambda: events.has_turns(self.parts.database, self.lease.run_id)
+            )
+            message = Message(
+                first_prompt(state, self._task["description"], begun=begun),
+                pending_artifacts(state, self._row["artifacts"]),
+            )
+            if message:
+                await self._begin_turn(message)
+        while True:
+            if self.turn and self.turn.open and await self._take_turn(self.turn):
+                return
+            await self._next_turn()
+
+    async def _take_turn(self, turn: Turn) -> bool:
+        """One turn, its publication and its checkpoint; True when the run is complete.
+
+        One whose message an agent was told already goes on: it was interrupted.
+        """
+        agent, work, again = self._agent, self._work, self._told
+        assert agent is not None
+        assert work is not None
+        if self._closed:
+            raise RunFailure("follow_up_failed", "Follow-up delivery failed: the agent session was closed.")
+        links = await self._attend(self._deliver(work, turn))
+        if not again:
+            for content in links:
+                update = {"sessionUpdate": "user_message_chunk", "content": content}
+                self.recorder.add(entries.session_update(agent.session_id, update))
+        blocks = await self._blocks(agent, turn, again=again)
+        await self._check_agent_lives()
+        if again:
+            await self._look()  # the answer to what it is about to ask may be there
+        self._told = True
+        problem: str | None = None
+        stop_reason = "error"
+        self._turn, self._cancelled_at = True, None
+        try:
+            async with self._kept_often():
+                result = await self._attend(agent.prompt([*blocks, *links]), turn=True)
+            stop_reason, problem = result.stop_reason, _problem(result)
+        except AcpError as error:
+            problem = str(error)
+        except AgentGoneError as error:
+            message = await agent.obituary("The agent's process ended")
+            if await agent.was_killed():
+                raise AgentLost(message) from error
+            raise RunFailure("agent_crashed", message) from error
+        finally:
+            self._turn = False
+        agent.permissions.forget()
+        if problem is not None:
+            self.recorder.add(
+                entries.named("_posthog/error", {"sessionId": agent.session_id, "message": problem})
+            )
+        failed_publish = await self._publish(work)
+        await self._save_usage(agent)
+        failure: tuple[ErrorType, str] | None = None
+        if problem is not None and not self._interactive:
+            failure = ("agent_error", problem)
+        elif failed_publish is not None and not self._interactive:
+            failure = ("publish_failed", failed_publish)
+        output = self._structured_output(agent) if stop_reason == "end_turn" and failure is None else {}
+        saved = await self._keep_state(progress=True)
+        self._idle_s = 0.0
+        await self._end_turn(
+            replace(
+                turn, open=False, permissions=(), stop_reason=stop_reason, saved=saved, failure=failure or ()
+            ),
+            **output,
+        )
+        return bool(output) or await self._conclude()
+
+    async def _conclude(self) -> bool:
+        """What follows from the end of the newest turn; True when the run is complete."""
+        turn = self.turn
+        assert turn is not None
+        if turn.failure:
+            raise RunFailure(turn.failure[0], turn.failure[1])  # type: ignore[arg-type] # stored by ourselves
+        stays = self._interactive or self._limits.background_end != "turn"
+        if stays or turn.stop_reason == "cancelled":
+            return False
+        return await self._end_of_work()
+
+    async def _blocks(self, agent: AgentSession, turn: Turn, *, again: bool) -> list[Json]:
+        """What the agent is told: the message; more for an agent that goes on with a turn, or knows nothing of it."""
+        text = continuation(turn.text) if again else turn.text
+        known = agent.loaded or agent.prompted
+        if not known and (history := await self._history(turn, again=again)):
+            return [{"type": "text", "text": with_history(history, text)}]
+        return content_blocks(text)
+
+    async def _history(self, turn: Turn, *, again: bool) -> str:
+        """What was said before, in this run and those that it resumes."""
+        state = self._row["state"]
+        begun = turn.number > 1 or again or bool(state.get("handoff_resumed"))
+        if not begun and "resume_from_run_id" not in state:
+            return ""
+        earlier = await self._patiently(lambda: runs.chain(self.parts.database, self._row))
+        wanted = earlier if begun else earlier[:-1]
+        if not wanted:
+            return ""
+        await self.recorder.flush()
+        return await self._patiently(
+            lambda: conversation(Record(self.parts.database, self.parts.objects), wanted)
+        )
+
+    async def _deliver(self, work: Work, turn: Turn) -> list[Json]:
+        """Copy the message's artifacts into the sandbox; their prompt blocks."""
+        if not turn.artifacts or self._sandbox is None:
+            return []
+        try:
+            return await deliver(self.parts.objects, self._sandbox, work.path, self.run_id, turn.artifacts)
+        except AttachmentError as error:
+            raise RunFailure("follow_up_failed", f"Follow-up delivery failed: {error.detail}") from error
+
+    async def _publish(self, work: Work) -> str | None:
+        """Bring new commits to the run's branch; the problem when that failed."""
+        try:
+            published = await self._attend(work.publish())
+        except LeaseLostError:
+            raise
+        except TaskyardError as error:
+            detail = self._shown(error.detail)
+            self.recorder.add(
+                entries.progress(self.run_id, "publish", "failed", "Publishing the work", detail)
+            )
+            return detail
+        if published is not None:
+            label = f"Published {published.branch}"
+            detail = f"{published.commits} commit{'s' if published.commits != 1 else ''}"
+            self.recorder.add(entries.progress(self.run_id, "publish", "completed", label, detail))
+            output = {"head_branch": published.branch, "commit_sha": published.commit}
+            await self._change(branch=published.branch, merge_output=output)
+        return None
+
+    def _structured_output(self, agent: AgentSession) -> Json:
+        """With a schema on the task: a last message that is fitting JSON becomes the output, and ends the run."""
+        schema = self._task["json_schema"]
+        if schema is None:
+            return {}
+        try:
+            value = json.loads(agent.last_message)
+            check_storable(value)
+        except (ValueError, RecursionError, InvalidInputError):
+            return {}
+        if problem_of(schema, value) is not None:
+            return {}
+        return {"status": "completed", "output": value}
+
+    async def _save_usage(self, agent: AgentSession) -> None:
+        if agent.usage.calls:
+            await self._change(state={"token_usage": usage_state(agent.usage)})
+
+    # --- checkpoints ---
+
+    async def _keep_state(self, *, progress: bool) -> bool:
+        """Make a checkpoint; False when there is none of this moment."""
+        if self._keeper is None or self._sandbox is None or self._work is None or self._agent is None:
+            return False
+        return await self._keeper.save(
+            self._sandbox,
+            self._work,
+            self._agent.adapter,
+            self._agent.session_id or None,
+            progress=progress,
+        )
+
+    async def _is_kept(self) -> bool:
+        """Whether nothing is lost when the sandbox goes."""
+        return bool(self.turn and self.turn.saved) or await self._keep_state(progress=False)
+
+    @asynccontextmanager
+    async def _kept_often(self) -> AsyncIterator[None]:
+        """Make checkpoints while a turn goes on."""
+
+        async def keep() -> None:
+            while True:
+                await asyncio.sleep(self._limits.checkpoint_s)
+                with suppress(LeaseLostError):  # noticed by whoever watches the run
+                    await self._keep_state(progress=True)
+
+        task = asyncio.create_task(keep(), name=f"checkpoints {self.run_id}")
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    # --- between turns ---
+
+    async def _next_turn(self) -> None:
+        """Wait for the next message and begin its turn.
+
+        The run completes when none comes for too long; before that it is let go of (Leave).
+        """
+        begun = self._loop.time()
+        end = begun - self._idle_s + self._inactivity_s
+        sleep = begun + self._limits.suspend_after_s
+        while True:
+            await self._look()
+            if self._mail and await self._begin_turn() is not None:
+                return
+            now = self._loop.time()
+            if self._quiet_s is not None:
+                # Somebody outside works on the run (run-lifecycle §1.1).
+                end = max(end, now - self._quiet_s + self._inactivity_s)
+            self._due_s = end - now
+            if self.parts.drain.until is not None:
+                raise Leave
+            if now >= sleep and now < end:
+                if await self._attend(self._is_kept()):
+                    raise Leave
+                sleep = now + self._limits.suspend_after_s  # it may be too large: then it stays as it is
+            left = min(end, self._deadline) - now
+            if left <= 0:
+                self._check_deadline()
+                await self._time_out()
+                continue
+            await self._check_agent_lives()
+            await self._wake.wait(min(left, max(sleep - now, 0.01), LOOK_S))
+
+    async def _time_out(self) -> None:
+        message = "Run timed out due to inactivity"
+        if await self._end_of_work(error_message=message, state={"timed_out_inactivity": True}):
+            raise Ended
+
+
+def _problem(result: PromptResult) -> str | None:
+    """Why a turn failed although it ended in form (agents do say `end_turn` then)."""
+    if result.failure is not None:
+        return result.failure.title
+    if result.stop_reason in ("end_turn", "cancelled"):
+        return None
+    return f"The agent ended its turn: {result.stop_reason}"

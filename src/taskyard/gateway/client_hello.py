@@ -1,0 +1,105 @@
+"""The first message of TLS: which server name a client asks for, read before a byte of it goes out.
+
+RFC 8446 §4.1.2 and §5.1, RFC 6066 §3. Encrypted Client Hello (ECH) passes when the name outside is the allowed host:
+only that host's own front can read the name inside, which is what domain fronting always was.
+"""
+
+from __future__ import annotations
+
+MAX_HELLO = 64 * 1024
+_SERVER_NAME = 0
+
+
+class BadHelloError(ValueError):
+    """Not the beginning of TLS; the text is for people."""
+
+
+class _Bytes:
+    """Reads fields with a length in front."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def take(self, count: int) -> bytes:
+        piece = self._data[self._at : self._at + count]
+        if len(piece) < count:
+            raise BadHelloError("its first message is cut short")
+        self._at += count
+        return piece
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "big")
+
+    def field(self, size: int) -> bytes:
+        return self.take(self.number(size))
+
+    def __bool__(self) -> bool:
+        return self._at < len(self._data)
+
+
+def server_name(data: bytes) -> str | None:
+    """The server name of the ClientHello at the beginning of `data`, "" when it has none.
+
+    None: more bytes are needed. Raises BadHelloError.
+    """
+    message = _message(data)
+    if message is None:
+        return None
+    hello = _Bytes(message)
+    hello.take(2 + 32)  # version, random
+    hello.field(1)  # session
+    hello.field(2)  # cipher suites
+    hello.field(1)  # compression
+    if not hello:
+        return ""
+    extensions, name = _Bytes(hello.field(2)), None
+    while extensions:
+        kind, body = extensions.number(2), extensions.field(2)
+        if kind != _SERVER_NAME:
+            continue
+        if name is not None:
+            raise BadHelloError("it names two servers")
+        name = _name(body)
+    if hello:
+        raise BadHelloError("there is something behind its first message")
+    return name or ""
+
+
+def _name(body: bytes) -> str:
+    names = _Bytes(_Bytes(body).field(2))
+    kind, text = names.number(1), names.field(2)
+    if kind != 0 or names:
+        raise BadHelloError("it names something other than one host")
+    try:
+        return text.decode("ascii")
+    except UnicodeDecodeError:
+        raise BadHelloError("the server name is not ASCII") from None
+
+
+def _message(data: bytes) -> bytes | None:
+    """The body of the first handshake message, put together from its records; None when it is not complete."""
+    message, at = b"", 0
+    while True:
+        if message[:1] not in (b"", b"\x01"):
+            raise BadHelloError("it does not begin with a ClientHello")
+        if len(message) >= 4:
+            size = int.from_bytes(message[1:4], "big")
+            if size > MAX_HELLO:
+                raise BadHelloError("its first message is too large")
+            if len(message) > 4 + size:
+                raise BadHelloError("there is something behind its first message")
+            if len(message) == 4 + size:
+                return message[4:]  # whatever records follow: early data, for one
+        record = data[at : at + 5]
+        if record[:1] not in (b"", b"\x16") or record[1:2] not in (b"", b"\x03"):
+            raise BadHelloError("it does not begin with TLS")
+        if len(record) < 5:
+            return None
+        length = int.from_bytes(record[3:5], "big")
+        if not 0 < length <= 2**14:
+            raise BadHelloError("it does not begin with TLS")
+        if len(data) < at + 5 + length:
+            return None
+        message += data[at + 5 : at + 5 + length]
+        at += 5 + length

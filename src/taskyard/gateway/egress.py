@@ -1,0 +1,249 @@
+"""The network as far as a run's environment allows it: tunnels (CONNECT) and plain HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import h11
+import httpx
+
+from taskyard.gateway import addresses
+from taskyard.gateway.addresses import RefusedAddressError, UnreachableError
+from taskyard.gateway.client_hello import MAX_HELLO, BadHelloError, server_name
+from taskyard.gateway.exchange import Answer, Exchange
+from taskyard.gateway.headers import NOT_DOWN, NOT_UP, Header, framing, passed
+from taskyard.gateway.hosts import Address, BadHostError, Host, parse_authority, parse_host
+from taskyard.gateway.models import Refused
+from taskyard.gateway.policy import Network
+
+TUNNEL_IDLE_S = 600.0
+"""A tunnel without a byte in either direction for this long is closed."""
+HELLO_S = 30.0
+_CHUNK = 256 * 1024
+_TIMEOUT = httpx.Timeout(connect=addresses.CONNECT_S, read=300, write=60, pool=60)
+# Fatal alert "unrecognized_name": what a TLS client shows for it says more than a connection that just ends.
+_ALERT = bytes([21, 3, 3, 0, 2, 2, 112])
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A host that may be connected to, at these addresses and no other."""
+
+    host: Host
+    port: int
+    addresses: Sequence[Address]
+
+
+class Traffic:
+    """Counts a run's bytes."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.bytes = 0
+
+    def add(self, count: int) -> None:
+        self.bytes += count
+
+    @property
+    def exceeded(self) -> str | None:
+        if self.limit is None or self.bytes < self.limit:
+            return None
+        return f"this run has moved {self.limit} bytes over the network, and may not move more (network.max_bytes)."
+
+
+async def tunnel_to(network: Network, target: str) -> Destination | Refused:
+    """Decide about `CONNECT host:port`."""
+    if network.level == "none":
+        return _NO_NETWORK
+    try:
+        host, port = parse_authority(target)
+    except BadHostError as error:
+        return Refused(400, f"CONNECT takes host:port, and this is none: {error}.")
+    return await _destination(network, host, port)
+
+
+async def plain_to(network: Network, target: str) -> tuple[Destination, str] | Refused:
+    """Decide about a request for an absolute URL; the destination and the target there."""
+    if network.level == "none":
+        return _NO_NETWORK
+    match = re.fullmatch(r"(?i:http)://([^/?#]+)(/[^#]*|\?[^#]*)?", target)
+    if match is None:
+        if target.lower().startswith("https:"):
+            return Refused(400, "https URLs go through a tunnel: a client has to send CONNECT.")
+        return Refused(400, "the gateway takes http URLs without a fragment, or CONNECT.")
+    authority, rest = match[1], match[2] or "/"
+    if "@" in authority:
+        return Refused(400, "user and password belong in the header Authorization, not in the URL.")
+    try:
+        host, port = parse_authority(authority, 80)
+    except BadHostError as error:
+        return Refused(400, f"the host of the URL cannot be used: {error}.")
+    destination = await _destination(network, host, port)
+    if isinstance(destination, Refused):
+        return destination
+    return destination, rest if rest.startswith("/") else f"/{rest}"
+
+
+_NO_NETWORK = Refused(403, "this sandbox has no access to the network, only to its model APIs.")
+
+
+async def _destination(network: Network, host: Host, port: int) -> Destination | Refused:
+    internal = network.internal.allow(host, port)
+    if network.level == "listed" and not network.rules.allow(host, port):
+        rule = host.bracketed if port in (443, 80, 22) else f"{host.bracketed}:{port}"
+        message = (
+            f"{host.bracketed} on port {port} is not among the hosts that this run may reach. To allow it, add "
+            f"'{rule}' to allowed_domains of its sandbox environment."
+        )
+        return Refused(403, message, rule=rule)
+    if host.address is None and "." not in host.text and not internal:
+        return Refused(403, f"{host.text} is no name of the public internet.")
+    try:
+        found = await addresses.resolve(host, port, internal=internal)
+    except RefusedAddressError as error:
+        return Refused(403, f"{host.bracketed} {error}.")
+    except UnreachableError as error:
+        return Refused(502, f"{host.bracketed} {error}.")
+    return Destination(host, port, found)
+
+
+# --- tunnels ---
+
+
+async def open_tunnel(
+    destination: Destination,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | Refused:
+    try:
+        return await addresses.connect(destination.addresses, destination.port)
+    except UnreachableError as error:
+        return Refused(502, f"{destination.host.bracketed} {error}.")
+
+
+async def check_hello(
+    reader: asyncio.StreamReader, first: bytes, destination: Destination
+) -> tuple[bytes, str | None]:
+    """Read until a TLS client has said which server it wants; what was read, and why it may not, if so.
+
+    With a list of hosts, the name has to be the one that the tunnel was opened for: another one could be any site of
+    the same content network.
+    """
+    try:
+        async with asyncio.timeout(HELLO_S):
+            while (name := server_name(first)) is None:
+                data = await reader.read(_CHUNK)
+                if not data:
+                    return first, None  # it has said nothing that a server would answer
+                first += data
+                if len(first) > 2 * MAX_HELLO:
+                    return first, "its first message is too large"
+        # A client that connects to an address sends no name (RFC 6066 §3).
+        if name == "" and destination.host.address is not None:
+            return first, None
+        if name == "":
+            return first, "its TLS does not say which server it wants"
+        if parse_host(name) != destination.host:
+            return first, f"its TLS asks for another server, {name[:100]}"
+    except TimeoutError:
+        return first, "no TLS came for 30 seconds"
+    except BadHelloError as error:
+        return first, f"port 443 is for TLS, and {error}"
+    except BadHostError:
+        return first, "its TLS asks for a server whose name is not valid"
+    return first, None
+
+
+async def refuse_hello(writer: asyncio.StreamWriter) -> None:
+    writer.write(_ALERT)
+    await writer.drain()
+
+
+async def pump(
+    inside: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    outside: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    first: bytes,
+    traffic: Traffic,
+) -> None:
+    """Pass bytes on until both sides have ended, nothing moves for TUNNEL_IDLE_S, or the run's limit is reached."""
+    loop = asyncio.get_running_loop()
+    moved = loop.time()
+
+    async def one_way(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> None:
+        nonlocal moved
+        while True:
+            if data:
+                moved = loop.time()
+                traffic.add(len(data))
+                if traffic.exceeded:
+                    raise ConnectionAbortedError
+                writer.write(data)
+                await writer.drain()
+            data = await reader.read(_CHUNK)
+            if not data:
+                break
+        if writer.can_write_eof():
+            writer.write_eof()
+
+    ways = [
+        asyncio.create_task(one_way(inside[0], outside[1], first)),
+        asyncio.create_task(one_way(outside[0], inside[1], b"")),
+    ]
+    try:
+        pending = set(ways)
+        while pending:
+            left = moved + TUNNEL_IDLE_S - loop.time()
+            if left <= 0:
+                raise ConnectionAbortedError
+            done, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_EXCEPTION)
+            for way in done:
+                way.result()
+    finally:
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+
+
+# --- plain HTTP ---
+
+
+class PlainExchange(Exchange):
+    """One request for an http URL."""
+
+    def __init__(self, destination: Destination, target: str, traffic: Traffic) -> None:
+        self.name = destination.host.bracketed
+        self.upstream = f"{destination.host.bracketed}:{destination.port}"
+        self._destination = destination
+        self._target = target
+        self._traffic = traffic
+
+    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+        host, port = self._destination.host.bracketed, self._destination.port
+        # The host of the URL, whatever the header says (RFC 9112 §3.2.2).
+        shown = host if port == 80 else f"{host}:{port}"
+        sent: list[Header] = [(b"host", shown.encode("ascii")), *passed(head.headers, NOT_UP)]
+        if body is not None:
+            sent += framing(head.headers)
+        address = self._destination.addresses[0]
+        return httpx.Request(
+            head.method.decode("ascii"),
+            httpx.URL(scheme="http", host=str(address), port=port),
+            headers=sent,
+            content=None if body is None else self._counted(body),
+            extensions={"target": self._target.encode("ascii"), "timeout": _TIMEOUT.as_dict()},
+        )
+
+    async def _counted(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in body:
+            self._traffic.add(len(chunk))
+            yield chunk
+
+    def head(self, answer: httpx.Response) -> list[Header] | Answer:
+        return passed(answer.headers.raw, NOT_DOWN)
+
+    def feed(self, chunk: bytes) -> bytes:
+        self._traffic.add(len(chunk))
+        if self._traffic.exceeded:
+            raise ConnectionAbortedError
+        return chunk

@@ -1,0 +1,163 @@
+"""git over smart HTTP: a run's own repositories, pushes to its own branches, with the token added on the host."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import h11
+import httpx
+
+from taskyard.gateway.exchange import Answer, Exchange, RefusedError, pieces
+from taskyard.gateway.headers import NOT_DOWN, NOT_UP, Header, framing, passed
+from taskyard.gateway.models import Refused
+from taskyard.gateway.pkt_line import BadPushError, PushReader, RefUpdate, report
+from taskyard.gateway.policy import GitRepository
+
+PREFIX = "/git/"
+MAX_PUSH = 1024 * 1024 * 1024
+MAX_NEGOTIATION = 64 * 1024 * 1024
+_TIMEOUT = httpx.Timeout(connect=20, read=900, write=60, pool=60)
+# Only what the protocol needs: nothing of the agent's may speak to the server in the token's name.
+_SENT = frozenset({b"accept", b"content-type", b"content-encoding", b"git-protocol", b"user-agent"})
+_NOT_DOWN = NOT_DOWN | {b"set-cookie", b"www-authenticate"}
+
+
+@dataclass(frozen=True)
+class GitRequest:
+    """A request that may go out."""
+
+    repository: GitRepository
+    path: str
+    """Below the repository's URL, with the query."""
+    pushes: bool
+    """It carries the push itself."""
+
+
+def admit(repositories: Sequence[GitRepository], method: str, target: str) -> GitRequest | Refused:
+    """Decide about one origin-form request below PREFIX by its head."""
+    match = re.fullmatch(r"/git/([a-z0-9._-]+/[a-z0-9._-]+?)(?:\.git)?/(.*)", target, re.IGNORECASE)
+    name, rest = (match[1].lower(), match[2]) if match else ("", "")
+    found = next((one for one in repositories if one.name == name), None)
+    if found is None:
+        known = ", ".join(one.name for one in repositories)
+        return Refused(403, "this is none of the run's repositories" + (f" ({known})." if known else "."))
+    wanted = {
+        "info/refs?service=git-upload-pack": "GET",
+        "info/refs?service=git-receive-pack": "GET",
+        "git-upload-pack": "POST",
+        "git-receive-pack": "POST",
+    }.get(rest)
+    if wanted is None:
+        return Refused(404, "only fetch and push by git's smart HTTP are open to sandboxes.")
+    if method != wanted:
+        return Refused(405, f"this takes {wanted}, not {method}.", (wanted,))
+    return GitRequest(found, rest, pushes=rest == "git-receive-pack")
+
+
+class GitExchange(Exchange):
+    """One request of git."""
+
+    def __init__(self, asked: GitRequest) -> None:
+        self.name = f"the repository {asked.repository.name}"
+        self.upstream = asked.repository.url
+        self.max_body = MAX_PUSH if asked.pushes else MAX_NEGOTIATION
+        self._asked = asked
+        self._secrets: list[str] = []
+
+    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+        headers = list(head.headers)
+        if self._asked.pushes:
+            if any(name == b"content-encoding" for name, _ in headers):
+                raise RefusedError(Refused(415, "a compressed push cannot be checked."))
+            checked = await self._check_push(body)
+            if isinstance(checked, Answer):
+                return checked
+            body = checked
+        names = {name.lower() for name, _ in headers}
+        sent = passed(headers, NOT_UP | (names - _SENT))
+        if body is not None:
+            sent += framing(headers)
+        if token := await self._token():
+            basic = base64.b64encode(f"x-access-token:{token}".encode()).decode("ascii")
+            self._secrets = [token, basic]
+            sent.append((b"authorization", b"Basic " + basic.encode("ascii")))
+        url = httpx.URL(self._asked.repository.url)
+        target = url.raw_path.rstrip(b"/") + b"/" + self._asked.path.encode("ascii")
+        return httpx.Request(
+            head.method.decode("ascii"),
+            url,
+            headers=sent,
+            content=body,
+            extensions={"target": target, "timeout": _TIMEOUT.as_dict()},
+        )
+
+    async def _token(self) -> str | None:
+        credentials = self._asked.repository.credentials
+        return None if credentials is None else await credentials()
+
+    async def _check_push(self, body: AsyncIterator[bytes] | None) -> AsyncIterator[bytes] | Answer:
+        """The body again, when the refs that it changes are the run's own; else the answer."""
+        reader, rest = PushReader(), pieces(body)
+        try:
+            async for chunk in rest:
+                reader.feed(chunk)
+                if reader.complete:
+                    break
+        except BadPushError as error:
+            raise RefusedError(Refused(400, f"the push cannot be checked: {error}.")) from None
+        if not reader.complete:
+            raise RefusedError(Refused(400, "the push ends before its commands do."))
+        reason = self._problem(reader.updates)
+        if reason is None:
+            return _joined(reader.seen, rest)
+        refused = Refused(403, f"{reason}.")
+        told = report(reader, reason)
+        if told is None:
+            raise RefusedError(refused)
+        async for _ in rest:
+            pass  # git reads the answer when it has sent everything
+        return Answer(200, told, "application/x-git-receive-pack-result", refused)
+
+    def _problem(self, updates: Sequence[RefUpdate]) -> str | None:
+        own = [f"refs/heads/{branch}" for branch in self._asked.repository.branches]
+        names = " or ".join(self._asked.repository.branches) or "nothing"
+        for update in updates:
+            if update.ref not in own:
+                return f"this run may push to {names} only"
+            if update.deletes:
+                return "this run may not delete its branch"
+        return None
+
+    def head(self, answer: httpx.Response) -> list[Header] | Answer:
+        if answer.status_code == 200:
+            return passed(answer.headers.raw, _NOT_DOWN)
+        # No word of the server's: it may quote the token, and git would follow a redirect without it.
+        if answer.is_redirect:
+            said = "has moved: register its new address"
+        elif answer.status_code in (401, 403):
+            said = "does not let this server in: it needs a token that opens it"
+        elif answer.status_code == 404:
+            said = "does not exist, or the token of this server does not open it"
+        else:
+            said = f"answered with status {answer.status_code}"
+        status = 502 if answer.status_code >= 500 else 403
+        return text_answer(status, f"{self._asked.repository.name} {said}.")
+
+    def masked(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def text_answer(status: int, message: str) -> Answer:
+    """An error as git shows it."""
+    return Answer(status, f"Taskyard: {message}\n".encode(), "text/plain; charset=utf-8")
+
+
+async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk

@@ -1,0 +1,143 @@
+"""What dead servers left of sandboxes on this host: folders, processes, control groups, uids.
+
+Who owns what: a folder belongs to the living process that holds its lock, else to whoever will attach it again
+(the caller says which those are); everything else belongs to its folder. So nothing alive is ever touched: a
+folder is removed only under its own lock, and the rest only when its folder is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Set
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from taskyard.sandbox import identities, strays
+from taskyard.sandbox.bubblewrap import BubblewrapProvider
+from taskyard.sandbox.folder import group_name
+from taskyard.sandbox.provider import SandboxError
+from taskyard.sandbox.strays import Stray
+
+log = structlog.get_logger()
+
+Kept = Callable[[Collection[str]], Awaitable[Set[str]]]
+"""Which of these ids of sandboxes that nobody may hold will be attached again."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What there is on this host at one moment."""
+
+    sandboxes: tuple[str, ...] = ()
+    """Names of the folders in this data folder."""
+    groups: frozenset[str] = frozenset()
+    """Control groups of sandboxes, of all servers on this host."""
+    folder_groups: frozenset[str] | None = None
+    """The groups that have a folder, of all servers; None when that cannot be known, as without root."""
+    processes: tuple[Stray, ...] = ()
+    """What sees a folder of a sandbox of this data folder."""
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """What may be removed. Of the sandboxes only those that turn out to be free once they are to be locked."""
+
+    sandboxes: tuple[str, ...]
+    groups: tuple[str, ...]
+    processes: tuple[Stray, ...]
+
+
+def leftovers(facts: Facts, kept: Set[str]) -> Leftovers:
+    """The decision. kept: ids that will be attached again."""
+    return Leftovers(
+        tuple(name for name in facts.sandboxes if name not in kept),
+        () if facts.folder_groups is None else tuple(sorted(facts.groups - facts.folder_groups)),
+        tuple(stray for stray in facts.processes if stray.removed),
+    )
+
+
+@dataclass
+class Swept:
+    """What was removed, by name."""
+
+    sandboxes: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    processes: list[int] = field(default_factory=list)
+
+
+async def sweep(provider: BubblewrapProvider, kept: Kept) -> Swept:
+    """Look, decide, remove. What cannot be removed is logged and left for the next time.
+
+    Several servers may do this at once, on one data folder too. Raises what `kept` raises; then no folder is
+    touched whose owner is not known.
+    """
+    host = await provider.host()
+    facts = await asyncio.to_thread(look, provider.root, host.cgroups.names if host.cgroups else set)
+    left = leftovers(facts, await kept(facts.sandboxes) if facts.sandboxes else frozenset())
+    swept = Swept()
+    for stray in left.processes:
+        if await _done(f"process {stray.pid}", strays.end(provider.root, [stray])):
+            swept.processes.append(stray.pid)
+    for name in left.groups:
+        assert host.cgroups is not None
+        if await _done(f"control group {name}", host.cgroups.group(name).remove()):
+            swept.groups.append(name)
+    for name in left.sandboxes:
+        if await _done(f"sandbox {name}", _remove(provider, name, kept)):
+            swept.sandboxes.append(name)
+    if removed := {kind: names for kind, names in vars(swept).items() if names}:
+        log.info("removed what dead servers left", **removed)
+    return swept
+
+
+def look(root: Path, groups: Callable[[], set[str]]) -> Facts:
+    """Gather the facts; blocks. Groups come first: one that is made later has a folder that is seen."""
+    found = groups()
+    # A claim on a uid is made after the folder and before the group, and only servers that are root have claims.
+    folders = identities.folders() if os.geteuid() == 0 else None
+    with_folder: set[str] = set()
+    for folder in folders or ():
+        with suppress(FileNotFoundError):
+            with_folder.add(group_name(folder))
+    try:
+        names = sorted(path.name for path in root.iterdir())
+    except FileNotFoundError:
+        names = []
+    return Facts(
+        tuple(names),
+        frozenset(found),
+        None if folders is None else frozenset(with_folder),
+        tuple(strays.find(root)),
+    )
+
+
+async def _remove(provider: BubblewrapProvider, name: str, kept: Kept) -> bool:
+    """Remove a sandbox; False when somebody else was faster."""
+    sandbox = await provider.attach(name)
+    if sandbox is None:
+        return False
+    wanted = True
+    try:
+        # Asked again now that nobody else can take it: it may have got an owner meanwhile.
+        wanted = name in await kept([name])
+    finally:
+        if wanted:
+            await sandbox.detach()
+    if not wanted:
+        await sandbox.destroy()
+    return not wanted
+
+
+async def _done(what: str, work: Coroutine[Any, Any, bool | None]) -> bool:
+    """Whether it was done; why not is logged."""
+    try:
+        return await work is not False
+    except (SandboxError, OSError) as error:
+        reason = error.detail if isinstance(error, SandboxError) else str(error)
+        log.debug("left something alone", what=what, reason=reason)
+        return False

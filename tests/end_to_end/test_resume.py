@@ -1,0 +1,294 @@
+"""Runs that outlive their agent, their worker, and long silences."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskyard import dispatch
+from taskyard.db.engine import Database
+from taskyard.runs import store as runs
+from taskyard.settings import AgentSettings, RunSettings, Settings, WorkerSettings
+from taskyard.worker import running_worker
+from tests.conftest import make_settings
+from tests.support.processes import agents_of, kill_agent
+from tests.support.repositories import run_git
+from tests.support.yard import Run, Yard, eventually, of_method, ok, open_yard, said
+
+SCRIPTED = {"agent": "scripted"}
+
+
+def sandboxes(settings: Settings) -> list[Path]:
+    return list((settings.data_dir / "sandboxes").iterdir())
+
+
+async def streamed(run: Run, text: str) -> None:
+    await eventually(run.stream_text, lambda found: text in found, lambda found: f"{text} in {found[-3000:]}")
+
+
+async def completed(run: Run) -> dict[str, Any]:
+    body = await run.status("completed", "failed")
+    assert (body["status"], body["error_message"]) == ("completed", None)
+    return body
+
+
+async def suspended(run: Run) -> dict[str, Any]:
+    body = await eventually(
+        run.fetch, lambda body: body["state"].get("suspended") is True, lambda body: f"sleep of {body}"
+    )
+    assert body["status"] == "in_progress"
+    return body
+
+
+async def let_go_of(database: Database) -> None:
+    """Wait until no worker holds a run."""
+    await eventually(
+        lambda: database.fetch("SELECT 1 FROM run_cursors WHERE leased_until IS NOT NULL"),
+        lambda rows: not rows,
+        lambda _: "end of a lease",
+    )
+
+
+def numbers(stream: list[tuple[str, Any]]) -> list[int]:
+    return [int(event_id.rpartition("-")[2]) for event_id, _ in stream]
+
+
+class TestLostAgent:
+    async def test_a_killed_agent_goes_on_with_its_turn(
+        self, live: Yard, shop: Path, repository: str
+    ) -> None:
+        text = "SAY one\nWRITE a.txt one\nCOMMIT first\nWRITE b.txt two\nSLEEP 3\nSAY two"
+        run = await live.api().start(text, repository=repository, **SCRIPTED)
+        await streamed(run, "Write b.txt")
+        await kill_agent(run)
+        body = await completed(run)
+        log = await run.log()
+        assert said(log).split() == ["one", "two"]
+        [resumed] = of_method(log, "_posthog/session/resume")
+        assert resumed["loaded"] is True
+        assert len(of_method(log, "_posthog/turn_complete")) == 1
+        branch = body["output"]["head_branch"]
+        assert run_git(shop, "show", f"{branch}:b.txt") == "two"
+        assert run_git(shop, "log", "--format=%s", "main.." + branch).splitlines()[-1] == "first"
+        assert any("goes on with a new process" in line["message"] for line in of_method(log, "_posthog/console"))
+
+    async def test_an_agent_that_is_lost_again_and_again(self, live: Yard) -> None:
+        run = await live.api().start("SHELL kill -9 -1", **SCRIPTED)
+        body = await run.status("failed")
+        assert body["state"]["error_type"] == "agent_lost"
+        assert "4 times in a row without progress; the limit is 3" in body["error_message"]
+
+    async def test_between_turns(self, live: Yard) -> None:
+        run = await live.api().start("WRITE kept.txt x\nSAY one", mode="interactive", **SCRIPTED)
+        await run.turns(1)
+        await kill_agent(run)
+        await run.command("user_message", content="SHELL cat kept.txt\nSAY two")
+        log = await run.turns(2)
+        assert said(log).split() == ["one", "two"]
+        assert "exitCode\": 0" in await run.stream_text()
+        await run.cancel()
+
+
+class TestAnotherWorker:
+    """A worker leaves its run; the next one is another process as far as the database can tell."""
+
+    @pytest.fixture
+    def settings(self, tmp_path: Path, database_url: str) -> Settings:
+        worker, often = WorkerSettings(drain_s=0.2), RunSettings(checkpoint_s=0.3)
+        return make_settings(tmp_path / "data", database_url, worker=worker, runs=often)
+
+    @pytest.fixture
+    def elsewhere(self, tmp_path: Path, database_url: str, settings: Settings) -> Settings:
+        """Another machine; both have the objects of one storage."""
+        other = make_settings(tmp_path / "other", database_url, worker=settings.worker)
+        settings.data_dir.mkdir(exist_ok=True)
+        (settings.data_dir / "objects").mkdir()
+        other.data_dir.mkdir()
+        (other.data_dir / "objects").symlink_to(settings.data_dir / "objects")
+        return other
+
+    @pytest.mark.parametrize("where", ["here", "elsewhere"])
+    async def test_a_stopped_worker_hands_its_run_over(
+        self, yard: Yard, settings: Settings, elsewhere: Settings, shop: Path, database: Database, where: str
+    ) -> None:
+        name = ok(await yard.api().post("repositories/", {"origin": str(shop)}), 201)["name"]
+        text = "WRITE a.txt one\nCOMMIT first\nWRITE b.txt two\nSHELL echo x > ignored.log\nSLEEP 2\nSAY done"
+        async with running_worker(settings, database):
+            run = await yard.api().start(text, repository=name, **SCRIPTED)
+            await streamed(run, "ignored.log")
+        assert (await run.fetch())["status"] == "in_progress"
+        assert agents_of(run.id) == []
+        async with running_worker(settings if where == "here" else elsewhere, database):
+            body = await completed(run)
+        branch = body["output"]["head_branch"]
+        assert run_git(shop, "show", f"{branch}:b.txt") == "two"
+        log = await run.log()
+        assert said(log) == "done"
+        assert [one["loaded"] for one in of_method(log, "_posthog/session/resume")] == [True]
+        assert numbers(await run.stream()) == sorted(set(numbers(await run.stream())))
+        for folder in (settings, elsewhere):
+            if (folder.data_dir / "sandboxes").exists() and (folder is settings) == (where == "here"):
+                assert sandboxes(folder) == []
+
+    async def test_an_idle_run_sleeps_through_a_restart(
+        self, yard: Yard, settings: Settings, elsewhere: Settings, database: Database
+    ) -> None:
+        async with running_worker(settings, database):
+            run = await yard.api().start("WRITE a.txt one\nSAY x", mode="interactive", **SCRIPTED)
+            await run.turns(1)
+        assert (await run.fetch())["state"]["suspended"] is True
+        assert sandboxes(settings) == []
+        async with running_worker(elsewhere, database):
+            await run.command("user_message", content="SHELL cat a.txt\nSAY y")
+            log = await run.turns(2)
+            assert said(log).split() == ["x", "y"]
+            assert '"output": "one"' in await run.stream_text()
+            assert "suspended" not in (await run.fetch())["state"]
+            await run.cancel()
+            await let_go_of(database)
+
+    async def test_a_lost_worker(
+        self, yard: Yard, settings: Settings, elsewhere: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its lease ran out while it was stopped; its folder is still in use, so a checkpoint is all there is."""
+        monkeypatch.setattr(dispatch, "SWEEP_S", 0.3)
+        async with running_worker(settings, database):
+            run = await yard.api().start("WRITE a.txt one\nSLEEP 2\nSHELL cat a.txt\nSAY done", **SCRIPTED)
+            await streamed(run, "Write a.txt")
+            await eventually(
+                lambda: database.fetch("SELECT 1 FROM checkpoints WHERE parts ? 'session'"),
+                bool,
+                lambda _: "checkpoint",
+            )
+            monkeypatch.setattr(runs, "LEASE_S", 1)
+            row = await database.fetch_one(
+                "UPDATE run_cursors SET generation = generation + 1, leased_until = clock_timestamp() RETURNING resumes"
+            )
+            assert row == {"resumes": 0}
+            await completed(run)
+        log = await run.log()
+        assert said(log) == "done"
+        assert '"output": "one"' in await run.stream_text()
+
+
+class TestSleep:
+    @pytest.fixture
+    def run_settings(self) -> RunSettings:
+        return RunSettings(suspend_after_s=0.3)
+
+    async def test_sleep_and_wake(
+        self, live: Yard, settings: Settings, database: Database, shop: Path, repository: str
+    ) -> None:
+        run = await live.api().start(
+            "WRITE a.txt one\nSAY one", repository=repository, mode="interactive", **SCRIPTED
+        )
+        stream = asyncio.create_task(run.stream())
+        await suspended(run)
+        await let_go_of(database)
+        assert sandboxes(settings) == []
+        assert agents_of(run.id) == []
+        assert await database.fetch("SELECT 1 FROM run_queue") == []
+        assert not stream.done()
+        await run.command("user_message", content="SHELL cat a.txt\nWRITE b.txt two\nSAY two")
+        await run.turns(2)
+        body = await suspended(run)
+        assert run_git(shop, "show", f"{body['output']['head_branch']}:b.txt") == "two"
+        assert await run.patch(status="completed")
+        events = await stream
+        assert numbers(events) == list(range(1, len(events) + 1))[: len(events)] or numbers(events) == sorted(
+            set(numbers(events))
+        )
+        final = await run.fetch()
+        assert "suspended" not in final["state"]
+        assert said(await run.log()).split() == ["one", "two"]
+
+    async def test_a_permission_is_asked_for_over_a_sleep(self, live: Yard, settings: Settings) -> None:
+        run = await live.api().start(
+            "SAY before\nASK May I\nSAY after", mode="interactive", runtime_adapter="claude",
+            model="claude-sonnet-4-6", initial_permission_mode="default", **SCRIPTED,
+        )  # fmt: skip
+        await suspended(run)
+        [asked] = of_method(await run.log(), "_posthog/permission_request")
+        answer = await run.command("permission_response", requestId=asked["requestId"], optionId="allow")
+        assert answer["result"] == {"resolved": True}
+        log = await run.turns(1)
+        assert said(log).splitlines() == ["before", "May I: allow", "after"]
+        assert len(of_method(log, "_posthog/permission_request")) == 1
+        again = await run.command("permission_response", requestId=asked["requestId"], optionId="allow")
+        assert "no such permission request is open" in again["error"]["message"]
+        await run.cancel()
+
+    async def test_cancel_while_it_sleeps(self, live: Yard, database: Database) -> None:
+        run = await live.api().start("SAY one", mode="interactive", **SCRIPTED)
+        await suspended(run)
+        await run.cancel()
+        await run.stream()
+        assert (await run.fetch())["status"] == "cancelled"
+
+    async def test_a_steering_message_comes_first(self, live: Yard) -> None:
+        run = await live.api().start("SAY one\nSLEEP 60", mode="interactive", **SCRIPTED)
+        await streamed(run, "one")
+        await run.command("user_message", content="SAY three")
+        assert (await run.command("steer", content="SAY two"))["result"] == {"queued": True}
+        log = await run.turns(3)
+        assert said(log).split() == ["one", "two", "three"]
+        stops = [turn["stopReason"] for turn in of_method(log, "_posthog/turn_complete")]
+        assert stops == ["cancelled", "end_turn", "end_turn"]
+        await run.cancel()
+
+
+class TestInactivity:
+    @pytest.fixture
+    def run_settings(self) -> RunSettings:
+        return RunSettings(suspend_after_s=0.2, inactivity_s=2)
+
+    async def test_a_sleeping_run_completes(self, live: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatch, "SWEEP_S", 0.3)
+        run = await live.api().start("SAY one", mode="interactive", **SCRIPTED)
+        await suspended(run)
+        body = await run.status("completed")
+        assert body["error_message"] == "Run timed out due to inactivity"
+        assert body["state"]["timed_out_inactivity"] is True
+        await run.stream()
+
+
+class TestContinuation:
+    """A new run that resumes another one."""
+
+    async def test_it_finds_the_workspace_and_the_session(self, live: Yard, shop: Path, repository: str) -> None:
+        first = await live.api().start("WRITE a.txt one\nSAY one", repository=repository, **SCRIPTED)
+        await completed(first)
+        run_git(shop, "branch", "-D", (await first.fetch())["output"]["head_branch"])
+        second = await self.resumed(live, first, "SHELL cat a.txt\nSAY two", **SCRIPTED)
+        await completed(second)
+        assert '"output": "one"' in await second.stream_text()
+        [resumed] = of_method(await second.log(), "_posthog/session/resume")
+        assert resumed["loaded"] is True
+
+    async def test_another_agent_is_told_what_was_said(self, live: Yard) -> None:
+        first = await live.api().start("WRITE a.txt one\nSAY remember the sea", **SCRIPTED)
+        await completed(first)
+        second = await self.resumed(live, first, "SHELL cat a.txt\nSAY two", agent="other")
+        await completed(second)
+        assert '"output": "one"' in await second.stream_text()
+        prompt = of_method(await second.log(), "session/prompt")[-1]["prompt"][0]["text"]
+        assert "    You: remember the sea" in prompt
+        assert prompt.endswith("SHELL cat a.txt\nSAY two")
+
+    @pytest.fixture
+    def settings(self, tmp_path: Path, database_url: str) -> Settings:
+        from taskyard.agents.adapters import adapters
+
+        plain = make_settings(tmp_path / "data", database_url)
+        command = list(adapters(plain)["scripted"].command)
+        return make_settings(
+            tmp_path / "data", database_url, agents={"other": AgentSettings(command=command)}
+        )
+
+    async def resumed(self, live: Yard, first: Run, message: str, **fields: Any) -> Run:
+        body = {"resume_from_run_id": first.id, "pending_user_message": message, **fields}
+        task = ok(await live.api().post(f"tasks/{first.task_id}/run/", body))
+        return Run(live.api(), first.task_id, task["latest_run"]["id"])

@@ -1,0 +1,123 @@
+"""A worker process is killed in the middle of a turn; another one, elsewhere, brings the work to its end.
+
+The agents are the real ones, and the scripted one; only the paid model is stood in for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from taskyard.db.engine import Database
+from taskyard.settings import Settings
+from tests.conftest import make_settings
+from tests.support.model_endpoint import Endpoint, model_endpoint
+from tests.support.processes import agents_of
+from tests.support.repositories import make_repository, run_git
+from tests.support.site import running_worker_process
+from tests.support.yard import Yard, eventually, of_method, ok, open_yard, said
+
+MODELS = {
+    "claude": {"runtime_adapter": "claude", "model": "claude-sonnet-4-6"},
+    "codex": {"runtime_adapter": "codex", "model": "gpt-5.5"},
+    "scripted": {"agent": "scripted"},
+}
+REAL = "[[write:first.txt|one]] [[slow:6]] [[write:second.txt|two]] [[text:All done.]]"
+PROMPTS = {
+    "claude": REAL,
+    "codex": REAL,
+    "scripted": "WRITE first.txt one\nSLEEP 6\nWRITE second.txt two\nSAY All done.",
+}
+
+
+@pytest.fixture
+async def endpoint() -> AsyncIterator[Endpoint]:
+    async with model_endpoint() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    return make_settings(tmp_path / "api", database_url)
+
+
+@pytest.fixture
+async def yard(settings: Settings, database: Database) -> AsyncIterator[Yard]:
+    async with open_yard(settings, database) as yard:
+        yield yard
+
+
+@pytest.fixture
+def crew(tmp_path: Path, database_url: str, endpoint: Endpoint) -> Iterator[Crew]:
+    with ExitStack() as stack:
+        yield Crew(tmp_path, database_url, endpoint.url, stack)
+
+
+class Crew:
+    """Worker processes, each with a data folder of its own; what they store is shared, as by S3."""
+
+    def __init__(self, folder: Path, database_url: str, models: str, stack: ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._env = {
+            "TASKYARD_DATABASE_URL": database_url,
+            "TASKYARD_RUNS__CHECKPOINT_S": "0.5",
+            "TASKYARD_MODELS__ANTHROPIC__BASE_URL": models,
+            "TASKYARD_MODELS__ANTHROPIC__API_KEY": "sk-outside",
+            "TASKYARD_MODELS__OPENAI__BASE_URL": models,
+            "TASKYARD_MODELS__OPENAI__API_KEY": "sk-outside",
+        }
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        data_dir = self._folder / name
+        data_dir.mkdir()
+        installed = os.environ.get("TASKYARD_TEST_DATA_DIR")
+        if installed is None:
+            pytest.fail("TASKYARD_TEST_DATA_DIR is not set: run these tests by scripts/test")
+        (data_dir / "agents").symlink_to(Path(installed) / "agents")
+        objects = self._folder / "api" / "objects"
+        objects.mkdir(parents=True, exist_ok=True)
+        (data_dir / "objects").symlink_to(objects)
+        return self._stack.enter_context(running_worker_process(data_dir, **self._env))
+
+
+@pytest.mark.parametrize("agent", ["scripted", "claude", "codex"])
+async def test_a_killed_worker(
+    yard: Yard, crew: Crew, tmp_path: Path, database: Database, endpoint: Endpoint, agent: str
+) -> None:
+    shop = make_repository(tmp_path / "shop")
+    name = ok(await yard.api().post("repositories/", {"origin": str(shop)}), 201)["name"]
+    first = crew.start("first")
+    run = await yard.api().start(PROMPTS[agent], repository=name, **MODELS[agent])
+    await eventually(run.stream_text, lambda text: "first.txt" in text, lambda text: f"edit in {text[-2000:]}")
+    await eventually(
+        lambda: database.fetch("SELECT 1 FROM checkpoints WHERE parts ? 'session' AND parts ? 'workspace'"),
+        bool,
+        lambda _: "checkpoint",
+    )
+    first.send_signal(signal.SIGKILL)
+    first.wait(60)
+    crew.start("second")
+    body = await run.status("completed", "failed")
+    assert (body["status"], body["error_message"]) == ("completed", None)
+    branch = body["output"]["head_branch"]
+    for file, text in (("first.txt", "one"), ("second.txt", "two")):
+        assert run_git(shop, "show", f"{branch}:{file}").strip() == text
+    log = await run.log()
+    assert "All done." in said(log)
+    [resumed] = of_method(log, "_posthog/session/resume")
+    assert resumed["loaded"] is True
+    assert len(of_method(log, "_posthog/turn_complete")) == 1
+    seen = [int(event_id.rpartition("-")[2]) for event_id, _ in await run.stream()]
+    assert seen == sorted(set(seen))
+    assert agents_of(run.id) == []
+    if agent != "scripted":
+        # The model is told what was said and done before: it is the same session.
+        assert json.dumps(endpoint.model_calls()[-1].body).count("first.txt") > 1

@@ -1,0 +1,130 @@
+"""Schemas and values that would take for ever, and everybody else meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from taskyard import json_schema
+from tests.support.yard import Yard, error, ok
+
+EVIL = {"properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
+BOMB = {"a": "a" * 60 + "!"}
+
+
+def doubling(depth: int) -> dict[str, Any]:
+    """References that lead to 2 ** depth looks at one value."""
+    found: dict[str, Any] = {"$defs": {"s0": {"type": "integer"}}, "$ref": f"#/$defs/s{depth}"}
+    for n in range(1, depth + 1):
+        found["$defs"][f"s{n}"] = {"allOf": [{"$ref": f"#/$defs/s{n - 1}"}] * 2}
+    return found
+
+
+async def longest_pause(work: Callable[[], Awaitable[Any]]) -> tuple[Any, float]:
+    """What comes out, and for how many seconds at most nothing else could go on."""
+    pause = 0.0
+
+    async def watch() -> None:
+        nonlocal pause
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.01)
+            pause = max(pause, time.perf_counter() - before)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await work(), pause
+    finally:
+        watcher.cancel()
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        (EVIL, BOMB),
+        (doubling(40), 1),
+        ({"uniqueItems": True}, [{"n": n} for n in range(5000)]),
+    ],
+)
+async def test_bombs_are_given_up(schema: Any, value: Any) -> None:
+    """The seconds of CPU are those of another process: this one goes on."""
+    problem, pause = await longest_pause(lambda: json_schema.value_problem(schema, value))
+    assert problem == json_schema.TOO_MUCH
+    assert pause < json_schema.CPU_S, "the event loop stood still for as long as the check"
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "problem"),
+    [
+        ({"type": "object", "required": ["n"]}, {"n": 1}, None),
+        ({"type": "object", "required": ["n"]}, {}, "'n' is a required property"),
+        ({"pattern": "^a$"}, "a", None),
+        ({"pattern": "^a$"}, "b", "'b' does not match '^a$'"),
+        (doubling(3), "x", "'x' is not of type 'integer'"),
+        (True, 1, None),
+        ({"pattern": "("}, "x", "json_schema cannot be applied to it"),
+        ({"$schema": 3}, "x", "json_schema cannot be applied to it"),
+        ({"type": "what"}, "x", "json_schema cannot be applied to it"),
+        ({"multipleOf": 0.5}, 10**400, "json_schema cannot be applied to it"),
+        ({"$ref": "#"}, 1, json_schema.TOO_DEEP),
+    ],
+)
+async def test_values(schema: Any, value: Any, problem: str | None) -> None:
+    """Here and now, or in a process: the same answers."""
+    assert await json_schema.value_problem(schema, value) == problem
+    assert await json_schema._apart([schema, value]) == problem
+
+
+def nested(depth: int) -> Any:
+    schema: Any = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "good"),
+    [
+        ({"type": "object"}, True),
+        ({"properties": {f"p{n}": {"type": "string"} for n in range(500)}}, True),
+        ({"properties": {f"p{n}": {"type": "strin"} for n in range(500)}}, False),
+        ({"type": "strin"}, False),
+        ({"pattern": "("}, False),
+        ({"$schema": 3}, False),
+        ({"$schema": ["x"]}, False),
+        (nested(400), False),
+    ],
+)
+async def test_schemas(schema: Any, good: bool) -> None:
+    assert (await json_schema.schema_problem(schema) is None) == good
+
+
+async def test_over_http(yard: Yard) -> None:
+    """A bomb is refused, others are served meanwhile, and the run is not locked."""
+    task = await yard.api().create_task(title="x", json_schema=EVIL)
+    run = await yard.api().create_run(task)
+    bomb = asyncio.create_task(run.api.patch(run.path("set_output/"), {"output": BOMB}))
+    served = 0
+    while not bomb.done():
+        await run.patch(stage=f"s{served}")
+        served += 1
+    refused = await bomb
+    assert refused.status_code == 400
+    assert refused.json() == {"error": f"Output validation error: {json_schema.TOO_MUCH}"}
+    assert served > 2
+    assert (await run.fetch())["output"] is None
+    assert ok(await run.api.patch(run.path("set_output/"), {"output": {"a": "aaa"}}))["output"] == {
+        "a": "aaa"
+    }
+
+
+@pytest.mark.parametrize("schema", [{"$schema": 3}, {"pattern": "("}, nested(400)])
+async def test_no_schema_is_refused_when_it_is_written(yard: Yard, schema: Any) -> None:
+    error(await yard.api().post("tasks/", {"json_schema": schema}), 400, "invalid_input", "json_schema")
+    task = await yard.api().create_task(title="x")
+    response = await yard.api().patch(f"tasks/{task['id']}/", {"json_schema": schema})
+    error(response, 400, "invalid_input", "json_schema")
