@@ -47,7 +47,8 @@ PLAIN = frozenset(
 )
 """Keywords whose work grows with the schema and the value only."""
 TOO_MUCH = (
-    f"checking it takes more than {CPU_S} seconds or too much memory: make json_schema simpler, or the value smaller"
+    f"checking it takes more than {CPU_S} seconds or too much memory: "
+    "make json_schema simpler, or the value smaller"
 )
 TOO_DEEP = "the value or the schema is nested too deeply"
 

@@ -16,7 +16,7 @@ from taskyard.worker import running_worker
 from tests.conftest import make_settings
 from tests.support.processes import agents_of, kill_agent
 from tests.support.repositories import run_git
-from tests.support.yard import Run, Yard, eventually, of_method, ok, open_yard, said
+from tests.support.yard import Run, Yard, eventually, of_method, ok, said
 
 SCRIPTED = {"agent": "scripted"}
 
@@ -73,7 +73,9 @@ class TestLostAgent:
         branch = body["output"]["head_branch"]
         assert run_git(shop, "show", f"{branch}:b.txt") == "two"
         assert run_git(shop, "log", "--format=%s", "main.." + branch).splitlines()[-1] == "first"
-        assert any("goes on with a new process" in line["message"] for line in of_method(log, "_posthog/console"))
+        assert any(
+            "goes on with a new process" in line["message"] for line in of_method(log, "_posthog/console")
+        )
 
     async def test_an_agent_that_is_lost_again_and_again(self, live: Yard) -> None:
         run = await live.api().start("SHELL kill -9 -1", **SCRIPTED)
@@ -88,7 +90,7 @@ class TestLostAgent:
         await run.command("user_message", content="SHELL cat kept.txt\nSAY two")
         log = await run.turns(2)
         assert said(log).split() == ["one", "two"]
-        assert "exitCode\": 0" in await run.stream_text()
+        assert 'exitCode": 0' in await run.stream_text()
         await run.cancel()
 
 
@@ -151,7 +153,12 @@ class TestAnotherWorker:
             await let_go_of(database)
 
     async def test_a_lost_worker(
-        self, yard: Yard, settings: Settings, elsewhere: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+        self,
+        yard: Yard,
+        settings: Settings,
+        elsewhere: Settings,
+        database: Database,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Its lease ran out while it was stopped; its folder is still in use, so a checkpoint is all there is."""
         monkeypatch.setattr(dispatch, "SWEEP_S", 0.3)
@@ -258,7 +265,9 @@ class TestInactivity:
 class TestContinuation:
     """A new run that resumes another one."""
 
-    async def test_it_finds_the_workspace_and_the_session(self, live: Yard, shop: Path, repository: str) -> None:
+    async def test_it_finds_the_workspace_and_the_session(
+        self, live: Yard, shop: Path, repository: str
+    ) -> None:
         first = await live.api().start("WRITE a.txt one\nSAY one", repository=repository, **SCRIPTED)
         await completed(first)
         run_git(shop, "branch", "-D", (await first.fetch())["output"]["head_branch"])

@@ -96,7 +96,9 @@ async def test_a_killed_worker(
     name = ok(await yard.api().post("repositories/", {"origin": str(shop)}), 201)["name"]
     first = crew.start("first")
     run = await yard.api().start(PROMPTS[agent], repository=name, **MODELS[agent])
-    await eventually(run.stream_text, lambda text: "first.txt" in text, lambda text: f"edit in {text[-2000:]}")
+    await eventually(
+        run.stream_text, lambda text: "first.txt" in text, lambda text: f"edit in {text[-2000:]}"
+    )
     await eventually(
         lambda: database.fetch("SELECT 1 FROM checkpoints WHERE parts ? 'session' AND parts ? 'workspace'"),
         bool,

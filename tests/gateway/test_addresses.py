@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from taskyard.gateway import addresses
 from taskyard.gateway.addresses import (
     RefusedAddressError,
     UnreachableError,
@@ -127,7 +126,7 @@ async def test_a_name_is_asked_once_and_only_public_addresses_are_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = Names(["1.1.1.1", "10.0.0.1", "1.1.1.1", "fe80::1%eth0"], ["169.254.169.254"])
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", names.getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", names.getaddrinfo)
     found = await resolve(parse_host("rebind.example"), 443, internal=False)
     assert [str(address) for address in found] == ["1.1.1.1"]
     assert names.asked == ["rebind.example."], "no search domain is tried"
@@ -137,7 +136,7 @@ async def test_a_name_is_asked_once_and_only_public_addresses_are_used(
     "answer", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "::ffff:127.0.0.1", "64:ff9b::7f00:1"]
 )
 async def test_names_of_internal_addresses(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", Names([answer]).getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", Names([answer]).getaddrinfo)
     with pytest.raises(RefusedAddressError, match="the setting network"):
         await resolve(parse_host("listed.example"), 443, internal=False)
     if is_metadata(ip_address(answer)):
@@ -148,13 +147,13 @@ async def test_names_of_internal_addresses(monkeypatch: pytest.MonkeyPatch, answ
 
 
 async def test_no_such_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", Names([]).getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", Names([]).getaddrinfo)
     with pytest.raises(UnreachableError, match="no such name"):
         await resolve(parse_host("nowhere.example"), 443, internal=False)
 
 
 async def test_addresses_are_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses.socket, "getaddrinfo", None)
+    monkeypatch.setattr(socket, "getaddrinfo", None)
     assert await resolve(parse_host("1.1.1.1"), 443, internal=False) == [ip_address("1.1.1.1")]
     with pytest.raises(RefusedAddressError):
         await resolve(parse_host("127.0.0.1"), 443, internal=False)

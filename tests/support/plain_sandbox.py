@@ -103,5 +103,8 @@ class PlainSandbox:
         )
         return PlainProcess(process)
 
+    async def detach(self) -> None:
+        pass
+
     async def destroy(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)

@@ -25,7 +25,7 @@ async def update_me(connection: Connection, identity: Identity, body: UserUpdate
     sent = body.sent()
     if {"first_name", "last_name"} & sent.keys():
         user = await store.user_by_id(connection, identity.user_id)
-        names: dict[str, str] = {name: sent.get(name, user[name]) for name in ("first_name", "last_name")}
+        names = {name: str(sent.get(name, user[name])) for name in ("first_name", "last_name")}
         await store.update_user(connection, identity.user_id, **names)
     for name, column in (("set_current_organization", "organization_id"), ("set_current_team", "id")):
         if (wanted := sent.get(name)) is None:

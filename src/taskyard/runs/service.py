@@ -188,9 +188,7 @@ async def locked(connection: Connection, caller: Caller, task_id: UUID, run_id: 
     return row
 
 
-async def check_output(
-    database: Database, caller: Caller, task_id: UUID, run_id: UUID, output: Any
-) -> bool:
+async def check_output(database: Database, caller: Caller, task_id: UUID, run_id: UUID, output: Any) -> bool:
     """Whether the task has a schema, which the output fits: then it completes the run (§5.5).
 
     Raises InvalidInputError when it does not fit. That can take seconds, so nothing is locked meanwhile.

@@ -221,7 +221,8 @@ async def keep_user_token(connection: Connection, run_id: UUID, sealed: bytes, h
 async def user_token(database: Database, run_id: UUID) -> bytes | None:
     """The encrypted token that is kept beside a run; None when there is none, or it has expired."""
     row = await database.fetch_one(
-        "SELECT token FROM run_user_tokens WHERE run_id = %(run)s AND expires_at > clock_timestamp()", run=run_id
+        "SELECT token FROM run_user_tokens WHERE run_id = %(run)s AND expires_at > clock_timestamp()",
+        run=run_id,
     )
     return None if row is None else bytes(row["token"])
 

@@ -18,7 +18,7 @@ Waiting = list[tuple[bytes, asyncio.Future[Row]]]
 
 
 class Inserts:
-    """New tasks of one project wait for each other, since the project's row is locked until their commit is on the disk.
+    """New tasks of one project wait for each other, as the project's row is locked until their commit is on the disk.
 
     What comes meanwhile in this process is therefore collected, and goes into the next statement together. A task
     that comes alone is written at once.
