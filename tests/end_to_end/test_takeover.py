@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from taskyard.db.engine import Database
-from taskyard.settings import Settings
+from taskyard.settings import RateLimitSettings, Settings
 from tests.conftest import make_settings
 from tests.support.model_endpoint import Endpoint, model_endpoint
 from tests.support.processes import agents_of
@@ -45,7 +45,7 @@ async def endpoint() -> AsyncIterator[Endpoint]:
 
 @pytest.fixture
 def settings(tmp_path: Path, database_url: str) -> Settings:
-    return make_settings(tmp_path / "api", database_url)
+    return make_settings(tmp_path / "api", database_url, rate_limits=RateLimitSettings(enabled=False))
 
 
 @pytest.fixture
