@@ -22,9 +22,10 @@ import structlog
 from taskyard.commands import store as commands
 from taskyard.db.engine import Row
 from taskyard.db.hub import RUNS
-from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, OutputGiven, RunFailure
+from taskyard.drive.failures import AgentLost, BudgetSpent, Ended, ErrorType, Leave, OutputGiven, RunFailure
 from taskyard.drive.held import Parts
 from taskyard.drive.setup import PreparingRun
+from taskyard.drive.traffic import budget_end
 from taskyard.drive.watch import URGENT
 from taskyard.events import entries
 from taskyard.events.store import LeaseLostError
@@ -81,6 +82,8 @@ class Driver(PreparingRun):
             await self._surely(self._salvage(publish=self._handed_over))
         except OutputGiven:
             await self._surely(self._complete())
+        except BudgetSpent as spent:
+            await self._surely(self._end_over_budget(spent.reason))
         except Leave:
             await self._surely(self._let_go())
         except LeaseLostError:
@@ -277,6 +280,16 @@ class Driver(PreparingRun):
         """The output was given: bring what is left of the work to its branch, and end."""
         await self._salvage(publish=True)
         await self._change(status="completed")
+
+    async def _end_over_budget(self, reason: str) -> None:
+        """The budget is used up: the work so far is kept, and the run ends as the site has set it, with the reason."""
+        end = budget_end(self.parts.settings, reason)
+        if end.status == "failed":
+            await self._fail("budget_exceeded", end.message)
+            return
+        await self._salvage(publish=True)
+        self.recorder.add(entries.console(self.run_id, "warn", end.message))
+        await self._change(status="completed", error_message=end.message, state={"budget_exceeded": True})
 
     async def _fail(self, error_type: ErrorType, message: str) -> None:
         """Save what can be saved, then set the run failed."""

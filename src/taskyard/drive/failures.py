@@ -20,6 +20,7 @@ ErrorType = Literal[
     "agent_unresponsive",  # it did not stop a turn that was cancelled
     "publish_failed",  # the work could not be brought to the repository
     "deadline",  # the run's wall clock ran out
+    "budget_exceeded",  # it has spent on models what it may
     "follow_up_failed",  # a message could not be delivered
     "worker_lost",  # the workers that drove the run died, again and again
     "agent_lost",  # the agent was killed from outside, again and again
@@ -58,6 +59,14 @@ class Ended(Exception):  # noqa: N818 - not an error
 
 class OutputGiven(Exception):  # noqa: N818 - not an error
     """A client gave the structured output: the run is to be completed."""
+
+
+class BudgetSpent(Exception):  # noqa: N818 - an end as good as another
+    """The run may make no more model calls."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 def with_tail(message: str, tail: str) -> str:

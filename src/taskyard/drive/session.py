@@ -30,16 +30,16 @@ from taskyard.db.engine import Database, Row
 from taskyard.drive.failures import RunFailure, with_tail
 from taskyard.drive.permissions import Permissions
 from taskyard.drive.recorder import Recorder
-from taskyard.drive.traffic import Refusals, used
+from taskyard.drive.traffic import open_gateway
 from taskyard.drive.transcript import Transcript
-from taskyard.drive.variables import user_variables
+from taskyard.drive.variables import environment_of, user_variables
 from taskyard.drive.work import Work
 from taskyard.errors import TaskyardError
 from taskyard.events import entries
-from taskyard.gateway.server import Gateway, ModelRoute, Policy, Usage
+from taskyard.gateway.server import Gateway, Usage
 from taskyard.sandbox.programs import program_mounts
 from taskyard.sandbox.provider import Process, Sandbox
-from taskyard.settings import Settings, Upstream
+from taskyard.settings import Settings
 
 log = structlog.get_logger()
 Json = dict[str, Any]
@@ -86,6 +86,11 @@ class AgentSession:
     def usage(self) -> Usage:
         """Model traffic of the run so far, as the gateway counted it."""
         return self._gateway.usage
+
+    @property
+    def over_budget(self) -> str | None:
+        """Why the run may make no more model calls, as a sentence; None while it may."""
+        return self._gateway.over_budget
 
     @property
     def last_message_at(self) -> float:
@@ -177,22 +182,29 @@ async def start_agent(
     *,
     session_id: str | None = None,
     asked: Sequence[Json] = (),
+    on_budget: Callable[[str], None] | None = None,
 ) -> AgentSession:
     """Start the run's agent in its sandbox and open a session, each step within `runs.start_s`.
 
     session_id: of an earlier session whose files are in the sandbox; a new one is opened when the agent cannot go on
-    with it. asked: permission requests of that session that were not answered.
+    with it. asked: permission requests of that session that were not answered. on_budget: called once, with a
+    sentence, when the run's budget is used up.
 
     Raises RunFailure: environment_failed, agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
     agent_refused.
     """
     state = row["state"]
     adapter = adapter_of(settings, state)
-    variables = await user_variables(settings, database, row, recorder)
+    environment = await environment_of(database, row)
+    variables = await user_variables(settings, database, environment)
+    git = [] if work.served is None else [work.served]
     agent: AgentSession | None = None
     try:
         async with asyncio.timeout(settings.runs.start_s):
-            agent = await _spawn(settings, adapter, variables, row, sandbox, work, recorder, asked)
+            gateway = await open_gateway(
+                settings, database, row, environment, recorder, git=git, on_budget=on_budget
+            )
+            agent = await _spawn(gateway, adapter, variables, row, sandbox, work, recorder, asked)
             title = row["task"]["title"] or "Taskyard run"
             await _open(agent, adapter, state, title, work.path, recorder, session_id)
     except AgentGoneError as error:
@@ -228,7 +240,7 @@ def adapter_of(settings: Settings, state: Mapping[str, Any]) -> Adapter:
 
 
 async def _spawn(
-    settings: Settings,
+    gateway: Gateway,
     adapter: Adapter,
     variables: Mapping[str, str],
     row: Row,
@@ -237,23 +249,18 @@ async def _spawn(
     recorder: Recorder,
     asked: Sequence[Json],
 ) -> AgentSession:
-    state = row["state"]
+    """Start the process. The gateway is its own from now on."""
+    state, run_id = row["state"], str(row["id"])
     try:
         argv, mounts = program_mounts(adapter.argv())
-    except AgentNotInstalledError as error:
-        raise RunFailure("agent_not_installed", error.detail) from error
-    env = {**variables, **_environment(adapter, row, sandbox, work)}  # the server's own names win
-    await _write_files(adapter, sandbox)
-    run_id = str(row["id"])
-    gateway = Gateway(
-        Policy(run_id, _routes(settings)),
-        on_refusal=Refusals(run_id, recorder),
-        on_usage=lambda call: recorder.add(used(run_id, call)),
-    )
-    try:
+        env = {**variables, **_environment(adapter, row, sandbox, work)}  # the server's own names win
+        await _write_files(adapter, sandbox)
         process = await sandbox.exec(
             argv, env=env, cwd=work.path, stdin=True, mounts=mounts, on_listener=gateway.serve
         )
+    except AgentNotInstalledError as error:
+        await asyncio.shield(gateway.close())
+        raise RunFailure("agent_not_installed", error.detail) from error
     except BaseException:
         await asyncio.shield(gateway.close())
         raise
@@ -364,6 +371,7 @@ def _environment(adapter: Adapter, row: Row, sandbox: Sandbox, work: Work) -> di
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
     }
+    env |= work.variables
     env |= adapter.environment(state.get("model"), state.get("reasoning_effort"))
     if previous := state.get("resume_from_run_id"):
         env["POSTHOG_RESUME_RUN_ID"] = str(previous)
@@ -391,20 +399,3 @@ async def _write_files(adapter: Adapter, sandbox: Sandbox) -> None:
 
 class SandboxWriteError(TaskyardError):
     """A file could not be written in the sandbox."""
-
-
-def _routes(settings: Settings) -> dict[str, ModelRoute]:
-    models = settings.models
-    return {
-        "anthropic": _route("anthropic", models.anthropic, "ANTHROPIC_API_KEY"),
-        "openai": _route("openai", models.openai, "OPENAI_API_KEY"),
-    }
-
-
-def _route(name: str, upstream: Upstream, key: str) -> ModelRoute:
-    try:
-        return ModelRoute(upstream.base_url, upstream.key(key))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        message = f"The file of the setting models.{name}.api_key_file cannot be read: {reason}."
-        raise RunFailure("agent_start_failed", message) from error

@@ -184,6 +184,7 @@ class PreparingRun(ConversingRun):
             self.recorder,
             session_id=session_id,
             asked=asked,
+            on_budget=lambda _: self._wake.set(),
         )
 
     async def _note(self) -> None:

@@ -97,14 +97,14 @@ def budget_of(limits: BudgetSettings, state: Json, usage: Usage, spent_month: fl
     """
     spent_tokens = usage.input_tokens + usage.output_tokens + usage.cached_write_tokens
     costs = [state.get("budget_cost") or limits.cost, limits.max_cost]
-    if limits.project_month_cost is not None:
-        costs.append(max(0.0, limits.project_month_cost - spent_month) + usage.cost)
     tokens = [state.get("budget_tokens") or limits.tokens, limits.max_tokens]
     return Budget(
         min((cost for cost in costs if cost is not None), default=None),
         min((count for count in tokens if count is not None), default=None),
         spent_cost=usage.cost,
         spent_tokens=spent_tokens,
+        project_month_cost=limits.project_month_cost,
+        spent_month=spent_month,
     )
 
 
@@ -255,4 +255,5 @@ class BudgetEnd:
 
 def budget_end(settings: Settings, reason: str) -> BudgetEnd:
     """As the site has set it; `reason` is the gateway's `over_budget`."""
-    return BudgetEnd(settings.budget.end, reason[:1].upper() + reason[1:])
+    advice = " What was done so far is kept: start another run that resumes this one, with a higher budget, to go on."
+    return BudgetEnd(settings.budget.end, reason[:1].upper() + reason[1:] + advice)

@@ -28,7 +28,7 @@ from taskyard.drive.prompt import (
     with_history,
 )
 from taskyard.drive.session import AgentSession
-from taskyard.drive.traffic import usage_state
+from taskyard.drive.traffic import spending
 from taskyard.drive.watch import LOOK_S, WatchedRun
 from taskyard.drive.work import Work
 from taskyard.errors import InvalidInputError, TaskyardError
@@ -94,6 +94,7 @@ class ConversingRun(WatchedRun):
                 update = {"sessionUpdate": "user_message_chunk", "content": content}
                 self.recorder.add(entries.session_update(agent.session_id, update))
         blocks = await self._blocks(agent, turn, again=again)
+        self._check_budget()
         await self._check_agent_lives()
         if again:
             await self._look()  # the answer to what it is about to ask may be there
@@ -114,6 +115,7 @@ class ConversingRun(WatchedRun):
             raise RunFailure("agent_crashed", message) from error
         finally:
             self._turn = False
+        self._check_budget()
         agent.permissions.forget()
         if problem is not None:
             self.recorder.add(
@@ -216,7 +218,7 @@ class ConversingRun(WatchedRun):
 
     async def _save_usage(self, agent: AgentSession) -> None:
         if agent.usage.calls:
-            await self._change(state={"token_usage": usage_state(agent.usage)})
+            await self._change(state=spending(agent.usage))
 
     # --- checkpoints ---
 

@@ -1,4 +1,4 @@
-"""What a run's sandbox environment gives to the agent (run-lifecycle §5.1, §5.3)."""
+"""The sandbox environment of a run, and the variables that it gives to the agent (run-lifecycle §5.1, §5.3)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ from uuid import UUID
 
 from taskyard.db.engine import Database, Row
 from taskyard.drive.failures import RunFailure
-from taskyard.drive.recorder import Recorder
-from taskyard.environments import domains, service
-from taskyard.events import entries
+from taskyard.environments import service
 from taskyard.security import SecretKeyError
 from taskyard.settings import Settings
 
 
-async def user_variables(
-    settings: Settings, database: Database, row: Row, recorder: Recorder
-) -> dict[str, str]:
-    """The variables of the run's environment; none without one.
+async def environment_of(database: Database, row: Row) -> Row | None:
+    """The run's environment; None without one.
 
-    The environment is looked up again: it may have gone, or become private, since the run was made.
+    It is looked up again: it may have gone, or become private, since the run was made.
     Raises RunFailure: environment_failed.
     """
     asked = row["state"].get("sandbox_environment_id")
     if asked is None:
-        return {}
+        return None
     wanted = _uuid(asked)
     creator: int | None = row["task"]["created_by_id"]
     found = None
@@ -36,26 +32,17 @@ async def user_variables(
             f"The sandbox environment {asked} does not exist, or is private to somebody else than the task's "
             "creator. Start a run with another one.",
         )
-    recorder.add(entries.console(str(row["id"]), "warn", _network_note(settings, found)))
+    return found
+
+
+async def user_variables(settings: Settings, database: Database, environment: Row | None) -> dict[str, str]:
+    """The variables of an environment, decrypted. Raises RunFailure: environment_failed."""
+    if environment is None:
+        return {}
     try:
-        return await service.variables_for(database, settings, found["id"])
+        return await service.variables_for(database, settings, environment["id"])
     except SecretKeyError as error:
         raise RunFailure("environment_failed", error.detail) from error
-
-
-def _network_note(settings: Settings, environment: Row) -> str:
-    level: str = environment["network_access_level"]
-    names = domains.effective(
-        level,
-        environment["allowed_domains"],
-        environment["include_default_domains"],
-        domains.trusted(settings),
-    )
-    asked = "" if level == "full" else f" to {len(names)} domain{'s' if len(names) != 1 else ''}"
-    return (
-        f"The sandbox environment '{environment['name']}' allows network access '{level}'{asked}. "
-        "This server does not offer it yet: the run reaches the model gateway and nothing else."
-    )
 
 
 def _uuid(value: Any) -> UUID | None:

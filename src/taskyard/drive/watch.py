@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from taskyard.agents.acp import AcpError, AgentGoneError
 from taskyard.commands.store import Letter
 from taskyard.db.hub import Wake
-from taskyard.drive.failures import AgentLost, Ended, Leave, OutputGiven, RunFailure, with_tail
+from taskyard.drive.failures import AgentLost, BudgetSpent, Ended, Leave, OutputGiven, RunFailure, with_tail
 from taskyard.drive.held import HeldRun, Parts
 from taskyard.drive.session import AgentSession
 from taskyard.events.store import LeaseLostError
@@ -75,6 +75,7 @@ class WatchedRun(HeldRun):
                     self._check_deadline()
                     self._check_drain()
                     if turn:
+                        self._check_budget()
                         self._check_silence()
                         self._check_waiting()
             return task.result()
@@ -159,6 +160,10 @@ class WatchedRun(HeldRun):
     def _check_deadline(self) -> None:
         if self._loop.time() >= self._deadline:
             raise RunFailure("deadline", f"The run took longer than {self._limits.wall_clock_s:g} seconds.")
+
+    def _check_budget(self) -> None:
+        if self._agent is not None and (reason := self._agent.over_budget) is not None:
+            raise BudgetSpent(reason)
 
     def _check_drain(self) -> None:
         """A worker that stops lets turns go on for a while only."""

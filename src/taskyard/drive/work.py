@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from taskyard.agents.adapters import GATEWAY
 from taskyard.db.engine import Database, Row
 from taskyard.drive import publish as publishing
 from taskyard.drive import workspace as workspaces
+from taskyard.drive.credentials import git_repository, git_variables, run_credentials
 from taskyard.drive.publish import Published, branch_name
 from taskyard.drive.recorder import Recorder
 from taskyard.drive.workspace import IDENTITY, Workspace, WorkspaceError
 from taskyard.events import entries
 from taskyard.forge import service as forge
-from taskyard.forge.git import Mirror
+from taskyard.forge.git import Mirror, Origin
+from taskyard.gateway.server import GitRepository
 from taskyard.sandbox.provider import Sandbox
 from taskyard.settings import Settings
 from taskyard.tasks.naming import slug
@@ -28,6 +31,8 @@ class Work:
         self._task = row["task"]
         self._sandbox = sandbox
         self._recorder = recorder
+        self.credentials = run_credentials(settings, database, row)
+        self.origin: Origin | None = None
         self.mirror: Mirror | None = None
         self.workspace: Workspace | None = None
         self._slug = slug(row["project_name"], self._task["task_number"])
@@ -75,7 +80,22 @@ class Work:
         origin = await forge.resolve(
             self._database, self._settings.data_dir, self._row["project_id"], self._task["repository"]
         )
-        return Mirror.of(self._settings.data_dir, origin)
+        self.origin = origin
+        return Mirror.of(self._settings.data_dir, origin, self.credentials)
+
+    @property
+    def served(self) -> GitRepository | None:
+        """The repository as the gateway serves it, once it is checked out; None when git inside cannot reach it."""
+        if self.origin is None:
+            return None
+        return git_repository(self._task["repository"], self.origin, self._branch, self.credentials)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What makes git inside the sandbox use the gateway for this repository."""
+        if self.origin is None or self.served is None:
+            return {}
+        return git_variables(GATEWAY, self._task["repository"], self.origin)
 
     @property
     def author(self) -> tuple[str, str]:

@@ -68,7 +68,7 @@ class CallExchange(Exchange):
 
     @property
     def _model_matters(self) -> bool:
-        return bool(self._policy.allowed_models) or self._policy.budget.cost is not None
+        return bool(self._policy.allowed_models) or self._policy.budget.in_dollars
 
     async def _counted(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for chunk in body:
@@ -153,7 +153,7 @@ def check_model(policy: Policy, model: str) -> Refused | None:
         if not any(fnmatch.fnmatchcase(model, pattern) for pattern in allowed):
             names = ", ".join(allowed) or "none"
             return Refused(403, f"this run may not use the model '{model[:100]}'. Allowed: {names}.")
-    if policy.budget.cost is not None and policy.prices.of(model) is None:
+    if policy.budget.in_dollars and policy.prices.of(model) is None:
         return Refused(
             403,
             f"this run has a budget in dollars, and nobody has said what the model '{model[:100]}' costs. An "
