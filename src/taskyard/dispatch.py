@@ -74,6 +74,7 @@ class Dispatcher:
         await self._if_there(workers.beat(self._database, self._worker, stopping=True))
         driving = set(self._driving)
         if driving:
+            log.info("waiting for turns to end", runs=len(driving), seconds=drain_s)
             await asyncio.wait(driving, timeout=drain_s + DRIVERS_S)
         await asyncio.gather(*(end(task, DRIVERS_S) for task in driving))
         await self._if_there(queue.give_all_back(self._database, self._worker.name))

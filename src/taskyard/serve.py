@@ -44,11 +44,29 @@ def run_worker(settings: Settings) -> None:
     _run(settings, lambda stop: _work(settings, stop))
 
 
-def _run(settings: Settings, main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+class Stop:
+    """What SIGINT and SIGTERM ask for: the first to stop, a second one to hurry."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    def set(self) -> None:
+        if self._asked.is_set():
+            log.info("stopping at once")
+            self.hurry.set()
+        self._asked.set()
+
+    async def wait(self) -> None:
+        await self._asked.wait()
+        log.info("stopping")
+
+
+def _run(settings: Settings, main: Callable[[Stop], Awaitable[None]]) -> None:
     configure_logging(settings.log_level, settings.log_format)
 
     async def run() -> None:
-        stop = asyncio.Event()
+        stop = Stop()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
@@ -58,9 +76,7 @@ def _run(settings: Settings, main: Callable[[asyncio.Event], Awaitable[None]]) -
         runner.run(run())
 
 
-async def _serve(
-    settings: Settings, host: str, port: int, stop: asyncio.Event, *, worker: bool = True
-) -> None:
+async def _serve(settings: Settings, host: str, port: int, stop: Stop, *, worker: bool = True) -> None:
     _make_private(settings.data_dir)
     async with AsyncExitStack() as stack:
         if settings.database_url is None:
@@ -75,13 +91,12 @@ async def _serve(
         if worker:
             from taskyard.worker import running_worker
 
-            await stack.enter_async_context(running_worker(settings, database))
+            await stack.enter_async_context(running_worker(settings, database, stop.hurry))
         state = settings.data_dir / "server.json"
         _write_private(state, json.dumps({"url": url, "pid": os.getpid()}) + "\n")
         stack.callback(state.unlink, missing_ok=True)
         _announce(settings.base_url or url, first, host)
         await stop.wait()
-        log.info("stopping")
 
 
 @asynccontextmanager
@@ -138,14 +153,13 @@ class Server(uvicorn.Server):
             self.listening.set()
 
 
-async def _work(settings: Settings, stop: asyncio.Event) -> None:
+async def _work(settings: Settings, stop: Stop) -> None:
     from taskyard.worker import running_worker
 
     _make_private(settings.data_dir)
-    async with open_database(settings) as database, running_worker(settings, database):
+    async with open_database(settings) as database, running_worker(settings, database, stop.hurry):
         log.info("worker ready", concurrency=settings.worker.concurrency)
         await stop.wait()
-        log.info("stopping")
 
 
 def _need_database(settings: Settings) -> None:

@@ -46,11 +46,13 @@ RETENTION = "*/10 * * * *"
 
 
 @asynccontextmanager
-async def running_worker(settings: Settings, database: Database) -> AsyncIterator[None]:
+async def running_worker(
+    settings: Settings, database: Database, hurry: asyncio.Event | None = None
+) -> AsyncIterator[None]:
     """A worker inside this event loop, for as long as the block lasts.
 
     Raises SetupError when this machine cannot run sandboxes. On leaving, turns may go on for `worker.drain_s`
-    seconds; what is not over then is handed to the next worker.
+    seconds, less if `hurry` is set; what is not over then is handed to the next worker.
     """
     provider = await checked_provider(settings)
     hub = Hub(database.url)
@@ -89,9 +91,16 @@ async def running_worker(settings: Settings, database: Database) -> AsyncIterato
             await asyncio.gather(
                 end(dispatch, STOP_S), end(schedules, STOP_S), end(sweep, STOP_S), end(work, 2 * STOP_S)
             )
+            hurrying = asyncio.create_task(_hurry(hurry or asyncio.Event(), parts.drain), name="hurry")
             await dispatcher.drain(settings.worker.drain_s)
+            await end(hurrying, STOP_S)
             await objects.close()
             await hub.stop()
+
+
+async def _hurry(hurry: asyncio.Event, drain: Drain) -> None:
+    await hurry.wait()
+    drain.begin(0)
 
 
 async def _work(app: procrastinate.App, name: str) -> None:

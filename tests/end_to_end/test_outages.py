@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import time
 from typing import Any
@@ -15,7 +14,7 @@ from taskyard.db.engine import Database
 from taskyard.errors import SetupError
 from taskyard.jobs import engine
 from taskyard.runs import store as runs
-from taskyard.serve import _serve
+from taskyard.serve import Stop, _serve
 from taskyard.settings import Settings
 from tests.support.outage import outage
 from tests.support.yard import Run, Yard, eventually, of_method, said
@@ -191,6 +190,6 @@ async def test_a_server_without_an_address_begins_no_run(yard: Yard, settings: S
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(SetupError, match="cannot listen"):
-            await _serve(settings, "127.0.0.1", taken.getsockname()[1], asyncio.Event())
+            await _serve(settings, "127.0.0.1", taken.getsockname()[1], Stop())
     assert time.monotonic() - begun < 5
     assert (await run.fetch())["status"] == "queued"

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
 
 from taskyard.db.embedded import running_url
-from tests.support.site import Site, postgres_of, running_site, running_worker_process, taskyard
+from tests.support.site import DEADLINE_S, Site, postgres_of, running_site, running_worker_process, taskyard
+
+
+def wait_for(true: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < end, f"waited {DEADLINE_S:g} s for {what}"
+        time.sleep(0.05)
 
 
 def test_first_and_second_start(tmp_path: Path) -> None:
@@ -36,7 +45,7 @@ def test_first_and_second_start(tmp_path: Path) -> None:
 def test_kill_of_the_server_is_survived(tmp_path: Path) -> None:
     data = tmp_path / "data"
     site = Site(data)
-    task = site.call("POST", "tasks/", json={"description": "SAY one\nSLEEP 60"}).json()
+    task = site.call("POST", "tasks/", json={"description": "SAY one\nSLEEP 4\nSAY three"}).json()
     run = site.call("POST", f"tasks/{task['id']}/run/", json={"agent": "scripted"}).json()["latest_run"]
     path = f"tasks/{task['id']}/runs/{run['id']}/"
     site.wait(path, status="in_progress")
@@ -48,12 +57,28 @@ def test_kill_of_the_server_is_survived(tmp_path: Path) -> None:
             "latest_run"
         ]
         again.wait(f"tasks/{other['id']}/runs/{second['id']}/", status="completed")
-        # The run whose driver died is taken over, and says what happened.
-        body = again.wait(path, status="failed")
-        assert body["state"]["error_type"] == "worker_lost"
-        # What the dead server left on the disk is gone.
-        assert not any((data / "sandboxes").iterdir())
+        # The run whose driver died goes on where it was.
+        again.wait(path, status="completed")
+        log = again.call("GET", f"{path}logs/").text
+        assert "_posthog/session/resume" in log
+        assert "three" in log
+    assert not any((data / "sandboxes").iterdir())
     assert postgres_of(data) == []
+
+
+def test_a_second_signal_hands_over_at_once(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    site = Site(data, "--drain", "600")
+    task = site.call("POST", "tasks/", json={"description": "SLEEP 8\nSAY still here"}).json()
+    run = site.call("POST", f"tasks/{task['id']}/run/", json={"agent": "scripted"}).json()["latest_run"]
+    path = f"tasks/{task['id']}/runs/{run['id']}/"
+    wait_for(lambda: "_posthog/run_started" in site.call("GET", f"{path}logs/").text, "the agent")
+    site.process.send_signal(signal.SIGINT)
+    wait_for(lambda: "waiting for turns to end" in site.said(), "the drain")
+    assert site.stop(signal.SIGINT) == 0
+    assert "stopping at once" in site.said()
+    with running_site(data) as again:
+        again.wait(path, status="completed")
 
 
 def test_api_and_worker_apart(tmp_path: Path, database_url: str) -> None:

@@ -40,12 +40,12 @@ def taskyard(data_dir: Path, *words: str, **extra: str) -> subprocess.CompletedP
 class Site:
     """A running `taskyard serve` or `taskyard api`."""
 
-    def __init__(self, data_dir: Path, *, command: str = "serve", **extra: str) -> None:
+    def __init__(self, data_dir: Path, *options: str, command: str = "serve", **extra: str) -> None:
         self.data_dir = data_dir
         self.output = data_dir.parent / f"serve-{time.monotonic_ns()}.log"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "taskyard.cli", command, "--port", "0"],
+                [sys.executable, "-m", "taskyard.cli", command, "--port", "0", *options],
                 env=environment(data_dir, **extra),
                 cwd=data_dir.parent,
                 stdout=output,

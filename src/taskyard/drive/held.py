@@ -42,8 +42,9 @@ class Drain:
         self._wakes: set[Wake] = set()
 
     def begin(self, patience_s: float) -> None:
-        """Tell every driver that the worker stops."""
-        self.until = asyncio.get_running_loop().time() + patience_s
+        """Tell every driver that the worker stops; told again, it may be sooner but not later."""
+        until = asyncio.get_running_loop().time() + patience_s
+        self.until = until if self.until is None else min(self.until, until)
         for wake in self._wakes:
             wake.set()
 
