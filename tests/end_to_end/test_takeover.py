@@ -99,8 +99,14 @@ async def test_a_killed_worker(
     await eventually(
         run.stream_text, lambda text: "first.txt" in text, lambda text: f"edit in {text[-2000:]}"
     )
+    # Agents write their sessions a moment after they tell of what they do.
+    [now] = await database.fetch("SELECT clock_timestamp() AS at")
     await eventually(
-        lambda: database.fetch("SELECT 1 FROM checkpoints WHERE parts ? 'session' AND parts ? 'workspace'"),
+        lambda: database.fetch(
+            "SELECT 1 FROM checkpoints WHERE parts ? 'session' AND parts ? 'workspace'"
+            " AND at > %(now)s + interval '1.5 seconds'",
+            now=now["at"],
+        ),
         bool,
         lambda _: "checkpoint",
     )

@@ -27,7 +27,7 @@ from taskyard.agents.adapters import (
     option_for,
 )
 from taskyard.db.engine import Database, Row
-from taskyard.drive.failures import RunFailure, with_tail
+from taskyard.drive.failures import AgentLost, RunFailure, with_tail
 from taskyard.drive.permissions import Permissions
 from taskyard.drive.recorder import Recorder
 from taskyard.drive.traffic import open_gateway
@@ -191,7 +191,7 @@ async def start_agent(
     sentence, when the run's budget is used up.
 
     Raises RunFailure: environment_failed, agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
-    agent_refused.
+    agent_refused. Raises AgentLost when the process was killed from outside.
     """
     state = row["state"]
     adapter = adapter_of(settings, state)
@@ -210,6 +210,8 @@ async def start_agent(
     except AgentGoneError as error:
         assert agent is not None
         message = await agent.obituary(f"The agent '{adapter.name}' ended before it was ready")
+        if await agent.was_killed():
+            raise AgentLost(message) from error
         raise RunFailure("agent_start_failed", message) from error
     except TimeoutError as error:
         tail = agent.stderr_tail() if agent else ""
