@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from taskyard.artifacts.paths import safe_name
+from taskyard.drive.inside import checked
 from taskyard.errors import TaskyardError
 from taskyard.objects.interface import Content, ObjectStore, StorageError, media_type
 from taskyard.sandbox.provider import Sandbox
@@ -67,7 +68,7 @@ async def _write(sandbox: Sandbox, path: str, content: Content | bytes) -> None:
     except StorageError as error:
         await process.kill()
         raise AttachmentError(f"'{PurePosixPath(path).name}' cannot be read: {error.detail}") from error
-    end = await process.wait()
+    end = checked(await process.wait())
     if end.code != 0:
         name = PurePosixPath(path).name
         raise AttachmentError(f"'{name}' cannot be written in the sandbox: {end.stderr_tail.strip()}")

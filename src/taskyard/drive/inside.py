@@ -11,7 +11,7 @@ from pathlib import Path
 
 from taskyard.errors import TaskyardError
 from taskyard.forge.git import config_environment, masked
-from taskyard.sandbox.provider import Exit, Mount, Process, Sandbox
+from taskyard.sandbox.provider import Exit, KilledError, Mount, Process, Sandbox
 
 CHUNK = 1024 * 1024
 MAX_OUTPUT = 64 * 1024
@@ -86,7 +86,7 @@ async def run(
         ):
             while chunk := await process.stdout.read(CHUNK):
                 output = (output + chunk)[:MAX_OUTPUT]
-            exit_ = await process.wait()
+            exit_ = checked(await process.wait())
     except TimeoutError:
         return -1, output, f"it took longer than {timeout:g} seconds"
     return exit_.code, output, said(exit_)
@@ -123,7 +123,7 @@ async def output_file(
                         if size > max_bytes:
                             raise TooLargeError(f"more than {max_bytes / 2**20:g} MB")
                         await asyncio.to_thread(file.write, chunk)
-                    exit_ = await process.wait()
+                    exit_ = checked(await process.wait())
             except TimeoutError:
                 raise TooSlowError(f"longer than {timeout:g} seconds") from None
         yield path, exit_, size
@@ -151,13 +151,20 @@ async def feed(
             process.stdin.close()
             while await process.stdout.read(CHUNK):
                 pass
-            exit_ = await process.wait()
+            exit_ = checked(await process.wait())
     except TimeoutError:
         return -1, f"it took longer than {timeout:g} seconds"
     return exit_.code, said(exit_)
 
 
+def checked(exit_: Exit) -> Exit:
+    """An exit that was not a kill from outside. Raises KilledError for one that was, also of git's own helpers."""
+    if exit_.reason == "killed" or (exit_.code != 0 and "died of signal 9" in exit_.stderr_tail):
+        raise KilledError("a program in the sandbox was killed")
+    return exit_
+
+
 def said(exit_: Exit) -> str:
     """Why a script failed, in words."""
-    why = {"oom": "it ran out of memory. ", "killed": "it was killed. "}.get(exit_.reason, "")
+    why = "it ran out of memory. " if exit_.reason == "oom" else ""
     return why + (masked(exit_.stderr_tail).strip() or f"exit status {exit_.code}")

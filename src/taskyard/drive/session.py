@@ -28,6 +28,7 @@ from taskyard.agents.adapters import (
 )
 from taskyard.db.engine import Database, Row
 from taskyard.drive.failures import AgentLost, RunFailure, with_tail
+from taskyard.drive.inside import checked
 from taskyard.drive.permissions import Permissions
 from taskyard.drive.recorder import Recorder
 from taskyard.drive.traffic import open_gateway
@@ -394,7 +395,7 @@ async def _write_files(adapter: Adapter, sandbox: Sandbox) -> None:
         assert process.stdin is not None
         process.stdin.write(text.encode())
         process.stdin.close()
-        end = await process.wait()
+        end = checked(await process.wait())
         if end.code != 0:
             raise SandboxWriteError(f"cannot write {target} in the sandbox: {end.stderr_tail.strip()}")
 

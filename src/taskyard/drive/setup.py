@@ -23,7 +23,7 @@ from taskyard.objects.interface import StorageError
 from taskyard.runs import resume
 from taskyard.runs import store as runs
 from taskyard.runs.resume import Checkpoint
-from taskyard.sandbox.provider import Limits, Sandbox, SandboxError, Spec
+from taskyard.sandbox.provider import KilledError, Limits, Sandbox, SandboxError, Spec
 
 log = structlog.get_logger()
 
@@ -209,6 +209,8 @@ class PreparingRun(ConversingRun):
         except TaskyardError as error:
             detail = self._shown(error.detail)
             self.recorder.add(entries.progress(self.run_id, step, "failed", label, detail))
+            if isinstance(error, KilledError):
+                raise AgentLost(f"{label} was cut short: {detail}.") from error
             raise RunFailure(error_type, detail) from error
         except Exception:
             self.recorder.add(entries.progress(self.run_id, step, "failed", label, "Internal error"))

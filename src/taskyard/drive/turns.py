@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -40,11 +40,14 @@ from taskyard.runs import store as runs
 from taskyard.runs.output import problem_of
 from taskyard.runs.resume import Turn
 from taskyard.runs.store import Claimed
-from taskyard.sandbox.provider import Sandbox
+from taskyard.sandbox.provider import KilledError, Sandbox
 from taskyard.schemas import check_storable
 
 log = structlog.get_logger()
 Json = dict[str, Any]
+T = TypeVar("T")
+
+TRIES = 3
 
 
 class ConversingRun(WatchedRun):
@@ -179,13 +182,15 @@ class ConversingRun(WatchedRun):
             return []
         try:
             return await deliver(self.parts.objects, self._sandbox, work.path, self.run_id, turn.artifacts)
+        except KilledError as error:
+            raise AgentLost(f"Delivering the files of a message was cut short: {error.detail}.") from error
         except AttachmentError as error:
             raise RunFailure("follow_up_failed", f"Follow-up delivery failed: {error.detail}") from error
 
     async def _publish(self, work: Work) -> str | None:
         """Bring new commits to the run's branch; the problem when that failed."""
         try:
-            published = await self._attend(work.publish())
+            published = await self._attend(_persistently(work.publish))
         except LeaseLostError:
             raise
         except TaskyardError as error:
@@ -293,6 +298,14 @@ class ConversingRun(WatchedRun):
         message = "Run timed out due to inactivity"
         if await self._end_of_work(error_message=message, state={"timed_out_inactivity": True}):
             raise Ended
+
+
+async def _persistently(work: Callable[[], Awaitable[T]]) -> T:
+    """Do something in the sandbox again when it is killed on the way."""
+    for _ in range(TRIES - 1):
+        with suppress(KilledError):
+            return await work()
+    return await work()
 
 
 def _problem(result: PromptResult) -> str | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from taskyard.sandbox.policy import Handed
-from taskyard.sandbox.provider import STDERR_BYTES, Exit, SandboxError
+from taskyard.sandbox.provider import STDERR_BYTES, Exit, KilledError, SandboxError
 from taskyard.sandbox.streams import Streams, Tail, connect
 
 _START_S = 10.0
@@ -86,7 +86,7 @@ class BubblewrapProcess:
         await asyncio.shield(self._look)
         if not self._begun:
             end = await self.wait()
-            raise SandboxError(
+            raise (KilledError if end.reason == "killed" else SandboxError)(
                 f"the sandbox does not start: {end.stderr_tail.strip() or f'exit status {end.code}'}"
             )
 

@@ -31,6 +31,10 @@ class SandboxError(TaskyardError):
     code = "sandbox_failed"
 
 
+class KilledError(SandboxError):
+    """A program in the sandbox was killed from outside, not by its caller: doing it again may well succeed."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one sandbox may use, all its programs together."""
