@@ -44,6 +44,7 @@ class Taken:
 
 # $1 = path, $2 = ^base or empty, $3 = the newest snapshot that was kept. The uncommitted files become a commit
 # on top of HEAD, by an index of its own: the agent's is not touched, it may be at work. Ignored files stay out.
+# Its message lists the branches, since a bundle leaves those out whose commits are all in the base.
 # The commit and the branch go to standard error, the bundle to standard output.
 _TAKE = f"""
 cd -- "$1" && dir=$(git rev-parse --absolute-git-dir) || exit
@@ -52,7 +53,9 @@ cp -- "$dir/index" "$index" 2>/dev/null || rm -f "$index"
 export GIT_INDEX_FILE="$index"
 {{ {ADD}; }} 2>/dev/null
 head=$(git rev-parse --quiet --verify HEAD)
-commit=$(git commit-tree "$(git write-tree)" ${{head:+-p "$head"}} -m checkpoint) || exit
+commit=$({{ printf 'checkpoint\\n\\nhead %s\\n' "$(git symbolic-ref --quiet HEAD)"
+  git for-each-ref --format='branch %(objectname) %(refname)' refs/heads
+}} | git commit-tree "$(git write-tree)" ${{head:+-p "$head"}}) || exit
 [ "$commit" != "$3" ] || exit 3
 git update-ref refs/taskyard/checkpoint "$commit" || exit
 echo "checkpoint $commit $(git symbolic-ref --quiet HEAD)" >&2
@@ -72,6 +75,12 @@ git fetch --quiet --no-tags --update-head-ok "$bundle" \
   '+refs/heads/*:refs/heads/*' '+refs/taskyard/checkpoint:refs/taskyard/checkpoint' || exit
 [ "$(git rev-parse refs/taskyard/checkpoint)" = "$2" ] || { echo "the snapshot is another one" >&2; exit 1; }
 head=$(git rev-parse --quiet --verify "$2^")
+branches=$(git log -1 --format=%B "$2" | sed -n 's/^branch //p')
+git update-ref --no-deref HEAD "$2" || exit
+git for-each-ref --format='delete %(refname)' refs/heads | git update-ref --stdin || exit
+printf '%s\n' "$branches" | while read -r commit ref; do
+  [ -z "$ref" ] || git update-ref "$ref" "$commit" || exit
+done || exit
 if [ -n "$3" ]; then git symbolic-ref HEAD "$3"; else git update-ref --no-deref HEAD "$head"; fi || exit
 git read-tree --reset -u "$2" || exit
 if [ -n "$head" ]; then git reset --quiet --mixed "$head"; else git read-tree --empty; fi
