@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 
 import pytest
+import uvloop
 
 from taskyard.sandbox.streams import READ_AHEAD, LineReader, Tail, connect
 
@@ -85,3 +87,36 @@ async def test_pipes() -> None:
     streams.close()
     assert streams.closed
     await asyncio.sleep(0)
+
+
+def test_closing_a_stream_closes_nothing_else() -> None:
+    """The server runs on uvloop, which closes a descriptor and then the object that it was given for it."""
+    over = threading.Event()
+    lost: list[OSError] = []
+
+    def open_and_close() -> None:
+        while not over.is_set():
+            try:
+                os.close(os.open("/dev/null", os.O_RDONLY))
+            except OSError as error:
+                lost.append(error)
+
+    async def work() -> None:
+        for _ in range(200):
+            streams, others = await connect(stdin=True)
+            for other in others:
+                os.close(other)
+            streams.close()
+            await asyncio.sleep(0)
+
+    threads = [threading.Thread(target=open_and_close) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(work())
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert lost == []

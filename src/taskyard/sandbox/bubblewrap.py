@@ -244,7 +244,7 @@ class BubblewrapSandbox:
                 await asyncio.shield(process.kill())
                 said = process.stderr_tail().strip()
                 if isinstance(error, SandboxError) and said not in error.detail:
-                    raise SandboxError(f"{error.detail}: {said}") from error
+                    raise type(error)(f"{error.detail}: {said}") from error
             raise
         finally:
             if channel is not None:

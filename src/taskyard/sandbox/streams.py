@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
+import uvloop
+
 from taskyard.sandbox.provider import LINE_BYTES
 
 READ_AHEAD = 64 * 1024
@@ -104,6 +106,26 @@ class Streams:
         return all(transport.is_closing() for transport in self.transports)
 
 
+class _End:
+    """Our end of a pipe, as event loops take it; they close it.
+
+    uvloop closes the descriptor itself, and then the object that it got. With a file that would be a second close of
+    the number, and so of whatever another thread has opened under it in between.
+    """
+
+    def __init__(self, descriptor: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._descriptor = descriptor
+        self._closed = isinstance(loop, uvloop.Loop)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            os.close(self._descriptor)
+
+
 async def connect(*, stdin: bool) -> tuple[Streams, list[int]]:
     """Make pipes. The other ends, of standard output, error, and input if wanted, are the caller's to close."""
     loop = asyncio.get_running_loop()
@@ -114,14 +136,14 @@ async def connect(*, stdin: bool) -> tuple[Streams, list[int]]:
             ours, other = os.pipe()
             others.append(other)
             protocol = asyncio.StreamReaderProtocol(reader)
-            output, _ = await loop.connect_read_pipe(partial(_same, protocol), os.fdopen(ours, "rb", 0))
+            output, _ = await loop.connect_read_pipe(partial(_same, protocol), _End(ours, loop))
             streams.transports.append(output)
         if stdin:
             other, ours = os.pipe()
             others.append(other)
             unused = asyncio.StreamReader()
             protocol = asyncio.StreamReaderProtocol(unused)
-            input_, _ = await loop.connect_write_pipe(partial(_same, protocol), os.fdopen(ours, "wb", 0))
+            input_, _ = await loop.connect_write_pipe(partial(_same, protocol), _End(ours, loop))
             streams.transports.append(input_)
             streams.stdin = asyncio.StreamWriter(input_, protocol, unused, loop)
     except BaseException:
