@@ -48,6 +48,8 @@ Json = dict[str, Any]
 DEFAULT_AGENT = "claude"
 CLOSE_SESSION_S = 2.0
 WRITE_S = 30.0
+EXIT_S = 10.0
+"""An agent whose output has ended has this long to end itself."""
 
 
 class AgentSession:
@@ -133,14 +135,14 @@ class AgentSession:
     async def was_killed(self) -> bool:
         """Whether the process was ended from outside, and did not end by itself."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(EXIT_S):
                 return (await self._process.wait()).reason == "killed"
         return False
 
     async def obituary(self, message: str) -> str:
         """Why the process is gone: its exit code and the end of what it wrote to standard error."""
         try:
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(EXIT_S):
                 end = await self._process.wait()
         except TimeoutError:
             return self.epitaph(f"{message}: it closed its output but goes on running")
