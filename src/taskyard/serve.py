@@ -19,7 +19,8 @@ from taskyard.app import create_app
 from taskyard.db.embedded import ServeLock
 from taskyard.db.engine import Database, open_database
 from taskyard.errors import SetupError
-from taskyard.settings import Settings
+from taskyard.redact import LOGS
+from taskyard.settings import Settings, server_secrets
 from taskyard.telemetry import configure_logging
 
 log = structlog.get_logger()
@@ -64,6 +65,7 @@ class Stop:
 
 def _run(settings: Settings, main: Callable[[Stop], Awaitable[None]]) -> None:
     configure_logging(settings.log_level, settings.log_format)
+    LOGS.add(server_secrets(settings))
 
     async def run() -> None:
         stop = Stop()

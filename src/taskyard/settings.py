@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,8 +22,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+from taskyard.redact import secrets_of
 
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 Pool = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 """The name of a group of workers."""
@@ -141,16 +143,25 @@ class Upstream(Area):
         return os.environ.get(fallback_env) or None
 
 
+VENDORS = {"anthropic": "https://api.anthropic.com", "openai": "https://api.openai.com"}
+
+
 class ModelSettings(Area):
     """Where model traffic goes."""
 
-    anthropic: Upstream = Upstream(base_url="https://api.anthropic.com")
-    openai: Upstream = Upstream(base_url="https://api.openai.com")
+    anthropic: Upstream = Upstream(base_url=VENDORS["anthropic"])
+    openai: Upstream = Upstream(base_url=VENDORS["openai"])
     allowed: list[str] | None = None
     """Models that runs may use, `*` for any characters; default: all. Agents also use small models of their own."""
     prices: dict[str, dict[str, Any]] = {}
     """US dollars for a million tokens, by model: `{"my-model": {"input": 3, "output": 15}}`, with `cache_read` and
     `cache_write` if they differ from input. Adds to the built-in list and replaces its entries."""
+
+    @field_validator("anthropic", "openai", mode="before")
+    @classmethod
+    def _at_the_vendors(cls, value: Any, info: ValidationInfo) -> Any:
+        """Who sets a key only means the vendor's API."""
+        return {"base_url": VENDORS[str(info.field_name)], **value} if isinstance(value, dict) else value
 
 
 class AgentSettings(Area):
@@ -348,3 +359,16 @@ def config_file() -> Path:
     if named := os.environ.get("TASKYARD_CONFIG"):
         return Path(named)
     return Path(os.environ.get("TASKYARD_DATA_DIR") or default_data_dir()) / "taskyard.toml"
+
+
+def server_secrets(settings: Settings) -> list[str]:
+    """Every secret that the server itself has, as far as it can be read: for what must not be shown."""
+    found = list(secrets_of(settings))
+    for upstream, variable in (
+        (settings.models.anthropic, "ANTHROPIC_API_KEY"),
+        (settings.models.openai, "OPENAI_API_KEY"),
+    ):
+        with suppress(OSError, UnicodeDecodeError):  # whoever needs the key says what is wrong with its file
+            if key := upstream.key(variable):
+                found.append(key)
+    return found

@@ -8,6 +8,8 @@ from typing import Literal
 
 import structlog
 
+from taskyard.redact import LOGS
+
 
 def configure_logging(level: str, style: Literal["console", "json"]) -> None:
     """Set up structlog, and bring the libraries' loggers to the same output at `warning`."""
@@ -26,14 +28,18 @@ def configure_logging(level: str, style: Literal["console", "json"]) -> None:
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
     )
+
+    def redacted(logger: object, name: str, event: structlog.typing.EventDict) -> str:
+        return LOGS.text(str(renderer(logger, name, event)))
+
     if style == "console":
         shared.pop()  # the console renderer prints exceptions itself
     structlog.configure(
-        processors=[*shared, renderer],
+        processors=[*shared, redacted],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=redacted, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=max(number, logging.WARNING), force=True)

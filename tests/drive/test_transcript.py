@@ -10,6 +10,7 @@ import pytest
 from taskyard.drive import transcript as transcripts
 from taskyard.drive.transcript import Transcript
 from taskyard.events.entries import Entry, Shown
+from taskyard.redact import Redactor
 
 
 class Sink:
@@ -114,3 +115,17 @@ def test_a_message_without_end_is_kept_in_pieces(monkeypatch: pytest.MonkeyPatch
     assert sink.seen(Shown.LOG) == [("agent_message", "123456789012")]
     transcript.end_text()
     assert sink.seen(Shown.LOG)[1:] == [("agent_message", "3")]
+
+
+def test_a_secret_across_chunks_is_not_streamed() -> None:
+    sink = Sink()
+    transcript = Transcript(sink, Redactor(["s3cret-value"]))  # type: ignore[arg-type]
+    for text in ("It is s3c", "ret", "-value, s3", "cond"):
+        transcript.update(chunk(text, "1"))
+    transcript.update(chunk(" s3cr", "1"))
+    transcript.end_text()
+    streamed = [text for _, text in sink.seen(Shown.STREAM)]
+    assert "".join(streamed) == "It is ***, s3cond s3cr"
+    assert "".join(streamed[:1]) == "It is "
+    assert sink.seen(Shown.LOG) == [("agent_message", "It is ***, s3cond s3cr")]
+    assert all("s3cret" not in entry.data for entry in sink.entries)

@@ -48,13 +48,13 @@ async def finished(run: Run, status: str) -> tuple[Json, list[Json]]:
 
 
 async def test_variables_reach_the_agent(live: Yard) -> None:
-    sent = {"TOKEN": "from-the-environment", "PATH": "/nowhere", "LD_PRELOAD": "x.so", "HTTP_PROXY": "x:1"}
+    sent = {"GREETING": "from-the-environment", "PATH": "/nowhere", "LD_PRELOAD": "x.so", "HTTP_PROXY": "x:1"}
     wanted = await environment(live, environment_variables=sent)
     _, log = await finished(
         await live.api().start(SCRIPT, sandbox_environment_id=wanted, **SCRIPTED), "completed"
     )
     shown = json.dumps(log)
-    assert "TOKEN=from-the-environment" in shown
+    assert "GREETING=from-the-environment" in shown
     for name in ("PATH", "LD_PRELOAD", "HTTP_PROXY"):
         assert f"{name}={sent[name]}" not in shown
     [note] = notes(log)
@@ -65,7 +65,7 @@ async def test_variables_reach_the_agent(live: Yard) -> None:
 
 
 async def test_no_environment_no_variables(live: Yard) -> None:
-    await environment(live, environment_variables={"TOKEN": "from-the-environment"})
+    await environment(live, environment_variables={"GREETING": "from-the-environment"})
     _, log = await finished(await live.api().start(SCRIPT, **SCRIPTED), "completed")
     assert "from-the-environment" not in json.dumps(log)
     assert notes(log) == []

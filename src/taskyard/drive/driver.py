@@ -178,6 +178,7 @@ class Driver(PreparingRun):
                 steps.push_async_callback(runs.release, self.parts.database, self.lease)
                 steps.push_async_callback(asyncio.wait, {self._renewal})
                 steps.callback(self._renewal.cancel)
+                steps.callback(self._forget_secrets)
                 steps.push_async_callback(self.recorder.close)
                 steps.push_async_callback(self._refuse_commands)
                 if self._sandbox is not None:

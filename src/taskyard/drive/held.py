@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,13 +20,14 @@ from taskyard.drive.recorder import Recorder
 from taskyard.events import entries
 from taskyard.events import store as events
 from taskyard.objects.interface import ObjectStore
+from taskyard.redact import LOGS, Redactor
 from taskyard.runs import lifecycle, resume
 from taskyard.runs import store as runs
 from taskyard.runs.resume import Turn
 from taskyard.runs.schemas import PENDING_KEYS
 from taskyard.runs.store import Claimed
 from taskyard.sandbox.provider import Provider
-from taskyard.settings import Settings
+from taskyard.settings import Settings, server_secrets
 from taskyard.tasks.present import as_object
 
 log = structlog.get_logger()
@@ -83,7 +84,10 @@ class HeldRun:
         self._told = True
         """An agent was told the message of that turn, as far as is known."""
         self._wake = wake
-        self.recorder = Recorder(parts.database, lease, on_lost=wake.set)
+        self.secrets = Redactor(server_secrets(parts.settings))
+        """What nothing that is written of the run may contain."""
+        self._own_secrets: list[str] = []
+        self.recorder = Recorder(parts.database, lease, on_lost=wake.set, secrets=self.secrets)
         self._renewal = asyncio.create_task(self._renew(), name=f"lease {self.run_id}")
         self._row: Row = {}
 
@@ -105,9 +109,20 @@ class HeldRun:
         self.recorder.lost = True
         self._wake.set()
 
+    def _hide(self, secrets: Sequence[str]) -> None:
+        """From now on, show these nowhere."""
+        self.secrets.add(secrets)
+        LOGS.add(secrets)
+        self._own_secrets += secrets
+
+    def _forget_secrets(self) -> None:
+        LOGS.remove(self._own_secrets)
+        self._own_secrets = []
+
     async def _change(self, **changes: Any) -> None:
         """Change the run under the lease, behind everything that was recorded before."""
         await self.recorder.flush()
+        changes = self.secrets.value(changes)
 
         async def change() -> Row:
             async with self.parts.database.transaction() as connection:
@@ -118,6 +133,7 @@ class HeldRun:
     async def _end_of_work(self, **changes: Any) -> bool:
         """Complete the run, unless a message waits. Who sends one locks the run, as is done here: none is lost."""
         await self.recorder.flush()
+        changes = self.secrets.value(changes)
 
         async def end() -> Row | None:
             async with self.parts.database.transaction() as connection:
@@ -166,7 +182,7 @@ class HeldRun:
                     return None
                 text = message.text or "See the attached files."
                 update = {"sessionUpdate": "user_message_chunk", "content": {"type": "text", "text": text}}
-                entry = entries.session_update(self.session_id, update)
+                entry = entries.session_update(self.session_id, self.secrets.value(update))
                 await events.append(connection, self.lease.run_id, [entry], generation=self.lease.generation)
                 turn = Turn(number, text, [dict(artifact) for artifact in message.artifacts])
                 await resume.set_turn(connection, self.lease, turn)
@@ -185,6 +201,7 @@ class HeldRun:
         """Record the end of the turn, with the changes of the run that belong to it."""
         await self.recorder.flush()
         ended = {"sessionId": self.session_id, "stopReason": turn.stop_reason}
+        changes = self.secrets.value(changes)
 
         async def end() -> Row | None:
             async with self.parts.database.transaction() as connection:
@@ -218,7 +235,11 @@ class HeldRun:
         said = None if error is None else self._shown(error)
         await self._patiently(
             lambda: commands.answer(
-                self.parts.database, self.lease, letter.seq, result=storable(result), error=said
+                self.parts.database,
+                self.lease,
+                letter.seq,
+                result=self.secrets.value(storable(result)),
+                error=said,
             )
         )
 
@@ -235,5 +256,5 @@ class HeldRun:
             delay = min(delay * 2, 2.0)
 
     def _shown(self, text: str) -> str:
-        """A text of ours for the record: without places on this host, and without NUL, which PostgreSQL refuses."""
-        return str(storable(text)).replace(str(self.parts.settings.data_dir), "…")
+        """A text of ours for the record: without secrets, places on this host, and NUL, which PostgreSQL refuses."""
+        return self.secrets.text(str(storable(text))).replace(str(self.parts.settings.data_dir), "…")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import structlog
 
 from taskyard.db.engine import AWAY, Database, raise_cancelled
 from taskyard.events import store
 from taskyard.events.entries import Entry, Shown
+from taskyard.redact import Redactor
 from taskyard.runs.store import Lease
 
 BATCH_S = 0.02
@@ -25,7 +27,16 @@ log = structlog.get_logger()
 class Recorder:
     """`add` never blocks; one background task writes, in order, and keeps trying while the database is away."""
 
-    def __init__(self, database: Database, lease: Lease, *, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        lease: Lease,
+        *,
+        on_lost: Callable[[], None],
+        secrets: Redactor | None = None,
+    ) -> None:
+        self.secrets = secrets or Redactor()
+        """What no entry may contain."""
         self._database = database
         self._lease = lease
         self._on_lost = on_lost
@@ -46,8 +57,11 @@ class Recorder:
         """Put entries behind those already added."""
         if self.lost or not entries:
             return
-        self._waiting.extend(entries)
-        self._bytes += sum(len(entry.data) for entry in entries)
+        for entry in entries:
+            if (clean := self.secrets.text(entry.data)) is not entry.data:
+                entry = replace(entry, data=clean)  # noqa: PLW2901
+            self._waiting.append(entry)
+            self._bytes += len(clean)
         self._idle.clear()
         if self._bytes > FULL_BYTES:
             self._room.clear()

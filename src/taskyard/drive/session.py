@@ -38,6 +38,7 @@ from taskyard.drive.work import Work
 from taskyard.errors import TaskyardError
 from taskyard.events import entries
 from taskyard.gateway.server import Gateway, Usage
+from taskyard.redact import secret_values
 from taskyard.sandbox.programs import program_mounts
 from taskyard.sandbox.provider import Process, Sandbox
 from taskyard.settings import Settings
@@ -47,7 +48,6 @@ Json = dict[str, Any]
 
 DEFAULT_AGENT = "claude"
 CLOSE_SESSION_S = 2.0
-WRITE_S = 30.0
 EXIT_S = 10.0
 """An agent whose output has ended has this long to end itself."""
 
@@ -186,12 +186,14 @@ async def start_agent(
     session_id: str | None = None,
     asked: Sequence[Json] = (),
     on_budget: Callable[[str], None] | None = None,
+    on_secrets: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> AgentSession:
     """Start the run's agent in its sandbox and open a session, each step within `runs.start_s`.
 
     session_id: of an earlier session whose files are in the sandbox; a new one is opened when the agent cannot go on
     with it. asked: permission requests of that session that were not answered. on_budget: called once, with a
-    sentence, when the run's budget is used up.
+    sentence, when the run's budget is used up. on_secrets: told what the agent is given and must be shown nowhere,
+    before it starts.
 
     Raises RunFailure: environment_failed, agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
     agent_refused. Raises AgentLost when the process was killed from outside.
@@ -200,6 +202,7 @@ async def start_agent(
     adapter = adapter_of(settings, state)
     environment = await environment_of(database, row)
     variables = await user_variables(settings, database, environment)
+    on_secrets(secret_values(variables))
     git = [] if work.served is None else [work.served]
     agent: AgentSession | None = None
     try:
@@ -270,7 +273,7 @@ async def _spawn(
         await asyncio.shield(gateway.close())
         raise
     assert process.stdin is not None
-    transcript = Transcript(recorder)
+    transcript = Transcript(recorder, recorder.secrets)
     permissions = Permissions(
         recorder,
         mode=state.get("initial_permission_mode") or adapter.default_mode or "",

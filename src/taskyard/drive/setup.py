@@ -185,6 +185,7 @@ class PreparingRun(ConversingRun):
             session_id=session_id,
             asked=asked,
             on_budget=lambda _: self._wake.set(),
+            on_secrets=self._hide,
         )
 
     async def _note(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from taskyard.drive.recorder import Recorder
 from taskyard.events import entries
 from taskyard.events.entries import Shown
+from taskyard.redact import Redactor
 
 Json = dict[str, Any]
 
@@ -23,8 +24,11 @@ MAX_JOINED = 4 * 1024 * 1024
 class Transcript:
     """Feed it everything that is said to and by the agent, in order."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, secrets: Redactor | None = None) -> None:
         self._recorder = recorder
+        self._secrets = secrets or Redactor()
+        self._held = ""
+        """The end of what was said: it may be the beginning of a secret, so it is shown with the next piece."""
         self._kind = ""
         self._message_id: str | None = None
         self._session_id = ""
@@ -63,7 +67,7 @@ class Transcript:
             self._kind, self._message_id, self._session_id = str(kind), message_id, session_id
         self._parts.append(text)
         self._size += len(text)
-        self._recorder.add(entries.named("session/update", params, Shown.STREAM))
+        self._show(params, text)
         if self._size > MAX_JOINED:
             self.end_text()
 
@@ -71,12 +75,31 @@ class Transcript:
         """Write the joined text that was streamed so far to the log."""
         if not self._parts:
             return
-        text = "".join(self._parts)
+        if self._held:
+            held, self._held = self._held, ""
+            chunk = {"sessionUpdate": self._kind, "content": {"type": "text", "text": held}}
+            if self._message_id is not None:
+                chunk["messageId"] = self._message_id
+            params = {"sessionId": self._session_id, "update": chunk}
+            self._recorder.add(entries.named("session/update", params, Shown.STREAM))
+        text = self._secrets.text("".join(self._parts))
         update = {"sessionUpdate": JOINED[self._kind], "content": {"type": "text", "text": text}}
         if self._kind == "agent_message_chunk":
             self.last_message = text
         self._recorder.add(entries.session_update(self._session_id, update, Shown.LOG))
         self._kind, self._message_id, self._parts, self._size = "", None, [], 0
+
+    def _show(self, params: Json, text: str) -> None:
+        """Show one chunk live. Secrets may lie across chunks, so it is another one than the agent's at times."""
+        all_ = self._secrets.text(self._held + text)
+        size = self._secrets.unfinished(all_)
+        shown, self._held = all_[: len(all_) - size], all_[len(all_) - size :]
+        if shown != text:
+            if not shown:
+                return
+            update = params["update"]
+            params = {**params, "update": {**update, "content": {**update["content"], "text": shown}}}
+        self._recorder.add(entries.named("session/update", params, Shown.STREAM))
 
 
 def _text(update: Json) -> str | None:
