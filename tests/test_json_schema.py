@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -24,24 +22,6 @@ def doubling(depth: int) -> dict[str, Any]:
     return found
 
 
-async def longest_pause(work: Callable[[], Awaitable[Any]]) -> tuple[Any, float]:
-    """What comes out, and for how many seconds at most nothing else could go on."""
-    pause = 0.0
-
-    async def watch() -> None:
-        nonlocal pause
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(0.01)
-            pause = max(pause, time.perf_counter() - before)
-
-    watcher = asyncio.create_task(watch())
-    try:
-        return await work(), pause
-    finally:
-        watcher.cancel()
-
-
 @pytest.mark.parametrize(
     ("schema", "value"),
     [
@@ -50,11 +30,14 @@ async def longest_pause(work: Callable[[], Awaitable[Any]]) -> tuple[Any, float]
         ({"uniqueItems": True}, [{"n": n} for n in range(5000)]),
     ],
 )
-async def test_bombs_are_given_up(schema: Any, value: Any) -> None:
-    """The seconds of CPU are those of another process: this one goes on."""
-    problem, pause = await longest_pause(lambda: json_schema.value_problem(schema, value))
-    assert problem == json_schema.TOO_MUCH
-    assert pause < json_schema.CPU_S, "the event loop stood still for as long as the check"
+async def test_bombs_are_given_up(monkeypatch: pytest.MonkeyPatch, schema: Any, value: Any) -> None:
+    """The seconds of CPU are those of another process: this one does not even begin."""
+
+    def here(*_: Any) -> str:
+        raise AssertionError("the server itself must not check this")
+
+    monkeypatch.setattr(json_schema, "value_problem_now", here)
+    assert await json_schema.value_problem(schema, value) == json_schema.TOO_MUCH
 
 
 @pytest.mark.parametrize(
@@ -109,7 +92,7 @@ async def test_over_http(yard: Yard) -> None:
     run = await yard.api().create_run(task)
     bomb = asyncio.create_task(run.api.patch(run.path("set_output/"), {"output": BOMB}))
     served = 0
-    while not bomb.done():
+    while not bomb.done() and served < 50:
         await run.patch(stage=f"s{served}")
         served += 1
     refused = await bomb

@@ -41,8 +41,8 @@ def _object(value: Any) -> Any:
 class Command(Body):
     jsonrpc: Literal["2.0"]
     method: Method = Field(
-        description="`user_message` comes after the turn that goes on. `steer` is a message, too: it interrupts that turn"
-        " and comes before the messages that wait."
+        description="`user_message` comes after the turn that goes on. `steer` is a message, too: it interrupts that"
+        " turn and comes before the messages that wait."
     )
     params: Annotated[dict[str, Any] | None, BeforeValidator(_object), NotNull] = Field(
         default=None,

@@ -20,10 +20,11 @@ AnyJson = Annotated[Any, Meta(description="Any JSON value.")]
 Number = Annotated[int, Meta(ge=0)]
 Time = Annotated[datetime, Meta(tz=True)]
 STATE = (
-    "An object, unless a client made it something else. Of the server's own keys: `queue`, while the run waits for a worker"
-    " (an answer about this run alone has it): its `position` in the project, from 1, and the `reason`; `suspended`, true"
-    " while it sleeps until the next message; `cost`, the US dollars spent on models; `token_usage`; `error_type`, a stable"
-    " name of why it failed; `priority`, `budget_cost`, `budget_tokens` and `allowed_models`, as they were asked for."
+    "An object, unless a client made it something else. Keys of the server's own: `queue`, while the run waits for a"
+    " worker (only an answer about this run alone has it): its `position` in the project, from 1, and the `reason`;"
+    " `suspended`, true while it sleeps until the next message; `cost`, the US dollars spent on models, and"
+    " `token_usage`; `error_type`, a stable name of why it failed; `priority`, `budget_cost`, `budget_tokens` and"
+    " `allowed_models`, as they were asked for."
 )
 Role = Literal["engineering", "data", "product", "founder", "leadership", "marketing", "sales", "other", ""]
 
