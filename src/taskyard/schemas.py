@@ -37,6 +37,13 @@ def _text(value: Any) -> Any:
     return value
 
 
+def an_object(value: Any) -> Any:
+    """A validator: anything but an object is refused."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "not an object")
+    return value
+
+
 def _not_blank(value: Any) -> Any:
     if isinstance(value, str) and not value.strip():
         raise PydanticCustomError("blank", "This field may not be blank.")

@@ -105,7 +105,7 @@ async def parameters(api: Api, *, aimed: bool) -> str:
     """The part of the configuration that says what stands in paths. Nobody takes themselves out of the project."""
     lines = ["[parameters]", f'"path.project_id" = "{api.project}"']
     lines += ["[phases.stateful.inference]", "algorithms = []"]  # the description has the links that matter
-    lines += ["[phases.stateful.generation]", f"max-examples = {max(EXAMPLES * 5, 15)}"]
+    lines += ["[phases.stateful.generation]", f"max-examples = {max(EXAMPLES * 15, 15)}"]
     members = ok(await api.get("members/"))["results"]
     other = next(member["id"] for member in members if member["user"]["email"] == "bob@example.org")
     for name in ("project_members_partial_update", "project_members_destroy"):

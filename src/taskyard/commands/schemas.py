@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from taskyard.errors import InvalidInputError
-from taskyard.schemas import Body, NotNull
+from taskyard.schemas import Body, NotNull, an_object
 
 
 class Method(StrEnum):
@@ -32,19 +32,13 @@ def _id(value: Any) -> Any:
     raise PydanticCustomError("id", "id must be a string or number")
 
 
-def _object(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise PydanticCustomError("dict_type", "not an object")
-    return value
-
-
 class Command(Body):
     jsonrpc: Literal["2.0"]
     method: Method = Field(
         description="`user_message` comes after the turn that goes on. `steer` is a message, too: it interrupts that"
         " turn and comes before the messages that wait."
     )
-    params: Annotated[dict[str, Any] | None, BeforeValidator(_object), NotNull] = Field(
+    params: Annotated[dict[str, Any] | None, BeforeValidator(an_object), NotNull] = Field(
         default=None,
         description="For messages `content` (a text), `artifact_ids` (of the run), or both; for `permission_response`"
         " `requestId` and `optionId`; for `set_config_option` `configId` and `value`.",

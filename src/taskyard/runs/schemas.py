@@ -9,7 +9,7 @@ from uuid import UUID
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from taskyard.schemas import Body, Filled, NotNull, Text
+from taskyard.schemas import Body, Filled, NotNull, Text, an_object
 from taskyard.tasks.schemas import RunStatus
 
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
@@ -64,19 +64,13 @@ class PermissionMode(StrEnum):
     FULL_ACCESS = "full-access"
 
 
-def _object(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise PydanticCustomError("dict_type", "not an object")
-    return value
-
-
 def _some_entries(value: list[Any]) -> list[Any]:
     if not value:
         raise PydanticCustomError("entries", "At least one log entry is required")
     return value
 
 
-Opaque = Annotated[Any, AfterValidator(_object)]
+Opaque = Annotated[Any, AfterValidator(an_object)]
 """An object that is not looked into: keys and texts stay as they came."""
 ArtifactIds = list[Annotated[Filled, StringConstraints(max_length=128)]]
 
