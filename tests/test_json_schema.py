@@ -105,6 +105,26 @@ async def test_over_http(yard: Yard) -> None:
     }
 
 
+async def test_no_connection_is_held_meanwhile(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks take seconds at times, and there are few connections."""
+    held = []
+
+    async def looked_at(*_: Any) -> None:
+        rows = await yard.database.fetch(
+            "SELECT query FROM pg_stat_activity"
+            " WHERE datname = current_database() AND state LIKE 'idle in transaction%%'"
+        )
+        held.append([row["query"] for row in rows])
+
+    monkeypatch.setattr(json_schema, "schema_problem", looked_at)
+    monkeypatch.setattr(json_schema, "value_problem", looked_at)
+    task = await yard.api().create_task(json_schema={"type": "object"})
+    run = await yard.api().create_run(task)
+    ok(await run.api.patch(f"tasks/{run.task_id}/", {"json_schema": {"type": "array"}}))
+    ok(await run.api.patch(run.path("set_output/"), {"output": []}))
+    assert held == [[], [], []]
+
+
 @pytest.mark.parametrize("schema", [{"$schema": 3}, {"pattern": "("}, nested(400)])
 async def test_no_schema_is_refused_when_it_is_written(yard: Yard, schema: Any) -> None:
     error(await yard.api().post("tasks/", {"json_schema": schema}), 400, "invalid_input", "json_schema")
