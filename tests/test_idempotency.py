@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from taskyard import idempotency
+from taskyard import idempotency, json_schema
 from taskyard.app import application
 from taskyard.artifacts import store as artifacts
 from taskyard.tasks import service
@@ -147,6 +147,8 @@ async def test_what_acts_on_a_run(yard: Yard) -> None:
     message = {"jsonrpc": "2.0", "method": "user_message", "params": {"content": "hello"}, "id": 7}
     assert (await twice(run, "POST", run.path("command/"), message))["result"] == {"queued": True}
     assert await count(yard, "commands") == 1
+    await twice(run, "POST", run.path("command"), message | {"method": "steer"})
+    assert await count(yard, "commands") == 3, "the message, and the order to stop the turn"
     await run.cancel()
     await twice(run, "POST", run.path("resume_in_cloud/"), None)
 
@@ -325,3 +327,28 @@ async def test_a_key_elsewhere_changes_nothing(yard: Yard) -> None:
 async def test_with_and_without_a_slash_it_is_one_request(yard: Yard) -> None:
     first = ok(await create(yard.api(), "k", "tasks/"), 201)
     assert ok(await create(yard.api(), "k", "tasks"), 201)["id"] == first["id"]
+
+
+async def test_slow_checks_of_schemas_do_not_take_all_connections(yard: Yard) -> None:
+    """Of outputs, and of large schemas in new tasks; the pool has six."""
+    run = await yard.api().create_run(await yard.api().create_task(json_schema={"pattern": "^a*$"}))
+    schema = {"anyOf": [{"title": "x" * json_schema.SMALL}]}
+
+    async def one(n: int) -> Any:
+        headers = {"Idempotency-Key": f"k{n}"}
+        if n % 2:
+            return await run.api.post("tasks/", {"json_schema": schema}, headers=headers)
+        body = {"output": "aaa"}
+        return await run.api.request("PATCH", run.path("set_output/"), json=body, headers=headers)
+
+    at_once: list[int] = []
+    slow = asyncio.create_task(asyncio.wait({asyncio.create_task(one(n)) for n in range(16)}))
+    while not slow.done():
+        rows = await yard.database.fetch(
+            "SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database()"
+            " AND state = 'idle in transaction'"
+        )
+        at_once.append(rows[0]["n"])
+    done, _ = await slow
+    assert sorted(task.result().status_code for task in done) == [200] * 8 + [201] * 8
+    assert 0 < max(at_once) <= idempotency.SLOW_AT_ONCE

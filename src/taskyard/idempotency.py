@@ -16,7 +16,9 @@ import psycopg
 from litestar import Request
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from taskyard import json_schema
 from taskyard.accounts.caller import Caller, authorize
+from taskyard.commands.schemas import MESSAGES
 from taskyard.db.engine import Connection, Database, Row
 from taskyard.errors import InvalidInputError, TaskyardError
 
@@ -24,17 +26,20 @@ PROJECT = "/api/projects/{project_id}"
 TASK = f"{PROJECT}/tasks/{{task_id}}"
 RUN = f"{TASK}/runs/{{run_id}}"
 COMMAND = f"{RUN}/command"
-UPLOADS = frozenset(
+TASKS = f"{PROJECT}/tasks"
+SLOW = frozenset(
     {
         f"{TASK}/staged_artifacts/finalize_upload",
         f"{RUN}/artifacts",
         f"{RUN}/artifacts/finalize_upload",
+        f"{RUN}/set_output",
     }
 )
-"""These wait for object storage, and need a second connection for a moment."""
+"""These wait for object storage, and need a second connection for a moment; or a JSON Schema is applied in a process of
+its own. A large body of TASKS may bring such a schema, too."""
 KEYED = frozenset(
     {
-        ("POST", f"{PROJECT}/tasks"),
+        ("POST", TASKS),
         ("POST", f"{TASK}/run"),
         ("POST", f"{TASK}/runs"),
         ("POST", f"{RUN}/start"),
@@ -45,7 +50,9 @@ KEYED = frozenset(
         ("POST", COMMAND),
         ("POST", f"{TASK}/staged_artifacts/prepare_upload"),
         ("POST", f"{RUN}/artifacts/prepare_upload"),
-        *(("POST", path) for path in UPLOADS),
+        ("POST", f"{TASK}/staged_artifacts/finalize_upload"),
+        ("POST", f"{RUN}/artifacts"),
+        ("POST", f"{RUN}/artifacts/finalize_upload"),
         ("POST", f"{PROJECT}/sandbox_environments"),
         ("POST", f"{PROJECT}/task_automations"),
         ("POST", f"{PROJECT}/task_automations/{{automation_id}}/run"),
@@ -55,8 +62,8 @@ KEYED = frozenset(
 """The routes that take a key. Their handlers must not wait for other processes: see `one_transaction`. So of commands
 only messages take part, which are queued; the others are answered by the agent, and harmless when repeated."""
 
-UPLOADS_AT_ONCE = 3
-"""Keyed uploads of one process at once; more wait, so that they cannot take all connections from each other."""
+SLOW_AT_ONCE = 3
+"""Keyed requests of one process at once that are slow; more wait, so that they cannot take all connections."""
 MAX_LENGTH = 255
 FORGOTTEN_AFTER: LiteralString = "interval '24 hours'"
 NEVER_REMEMBERED = frozenset({401, 403, 429})
@@ -90,8 +97,8 @@ def idempotent(app: ASGIApp) -> ASGIApp:
                 attr="Idempotency-Key",
             )
         await authorize(request, scope["route_handler"])
-        if path in UPLOADS:
-            async with request.app.state.setdefault("keyed_uploads", asyncio.Semaphore(UPLOADS_AT_ONCE)):
+        if path in SLOW or (path == TASKS and len(await request.body()) > json_schema.SMALL):
+            async with request.app.state.setdefault("slow_keyed", asyncio.Semaphore(SLOW_AT_ONCE)):
                 answer = await _once(app, request, key)
         else:
             answer = await _once(app, request, key)
@@ -106,7 +113,8 @@ def is_message(body: bytes) -> bool:
         value = json.loads(body)
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and value.get("method") == "user_message"
+    method = value.get("method") if isinstance(value, dict) else None
+    return isinstance(method, str) and method in MESSAGES
 
 
 class Answer:

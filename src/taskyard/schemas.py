@@ -37,6 +37,13 @@ def _text(value: Any) -> Any:
     return value
 
 
+def an_object(value: Any) -> Any:
+    """A validator: anything but an object is refused."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "not an object")
+    return value
+
+
 def _not_blank(value: Any) -> Any:
     if isinstance(value, str) and not value.strip():
         raise PydanticCustomError("blank", "This field may not be blank.")
@@ -139,11 +146,15 @@ _SIMPLE = {
     "int_type": ("invalid_input", "A valid integer is required."),
     "int_parsing": ("invalid_input", "A valid integer is required."),
     "int_from_float": ("invalid_input", "A valid integer is required."),
+    "float_type": ("invalid_input", "A valid number is required."),
+    "float_parsing": ("invalid_input", "A valid number is required."),
+    "finite_number": ("invalid_input", "A valid number is required."),
     "uuid_type": ("invalid_input", "Must be a valid UUID."),
     "uuid_parsing": ("invalid_input", "Must be a valid UUID."),
     "string_type": ("invalid_input", "Not a valid string."),
-    "greater_than_equal": ("min_value", "Ensure this value is greater than or equal to {ge}."),
-    "less_than_equal": ("max_value", "Ensure this value is less than or equal to {le}."),
+    "greater_than": ("min_value", "Ensure this value is greater than {gt:g}."),
+    "greater_than_equal": ("min_value", "Ensure this value is greater than or equal to {ge:g}."),
+    "less_than_equal": ("max_value", "Ensure this value is less than or equal to {le:.15g}."),
     "too_short": ("empty", "This list may not be empty."),
     "too_long": ("max_length", "Ensure this field has no more than {max_length} elements."),
 }

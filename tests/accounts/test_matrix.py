@@ -10,8 +10,10 @@ from taskyard.accounts import admin
 from taskyard.accounts.caller import READ_METHODS
 from taskyard.app import application
 from taskyard.db.engine import Database
+from taskyard.openapi.document import OPERATIONS
+from taskyard.openapi.operation import PROJECT
 from taskyard.settings import Settings
-from tests.support.yard import Yard, error
+from tests.support.yard import Yard, error, ok
 
 OPEN = {
     ("GET", "/health"),
@@ -48,6 +50,16 @@ SESSION_ONLY = {
     ("DELETE", "/api/personal_api_keys/{key_id}"),
     ("POST", "/api/logout"),
 }
+
+FULL = {
+    ("POST", "/api/projects/{project_id}/members"),
+    ("PATCH", "/api/projects/{project_id}/members/{member}"),
+    ("DELETE", "/api/projects/{project_id}/members/{member}"),
+}
+"""No key that was made for tasks lets people in or out."""
+
+WITHOUT_SCOPE = {("POST", "/api/code/invites/redeem")}
+"""Writes outside of projects that any key may do (tasks-api §11)."""
 
 READS_BY_POST = {"summaries", "presign", "download"}
 """The last words of POST paths that `task:read` may call (tasks-api §1.3)."""
@@ -121,8 +133,16 @@ async def test_every_route_with_every_credential(yard: Yard) -> None:
             )
             if route.scope == "task:write":
                 await expect(route, "a read key", yard.keys["task:read"], "403 permission_denied")
+        if (route.method, route.template) in FULL:
+            await expect(route, "a write key", yard.keys["task:write"], "403 permission_denied")
         if (route.method, route.template) in SESSION_ONLY:
             await expect(route, "a key", yard.keys["ada"], "403 permission_denied")
+        elif (
+            not route.in_project
+            and route.method not in READ_METHODS
+            and (route.method, route.template) not in WITHOUT_SCOPE
+        ):
+            await expect(route, "a read key", yard.keys["task:read"], "403 permission_denied")
     assert not wrong, "\n".join(wrong)
 
 
@@ -141,8 +161,57 @@ async def test_read_key_may_read(yard: Yard) -> None:
 async def test_open_routes_exist(yard: Yard) -> None:
     """The list above names nothing that is gone."""
     there = {(route.method, route.template) for route in routes(yard)}
-    assert there >= OPEN
-    assert there >= SESSION_ONLY
+    assert there >= OPEN | SESSION_ONLY | FULL | WITHOUT_SCOPE
+
+
+async def test_what_another_project_has_is_not_there(yard: Yard) -> None:
+    """Every operation on a thing of the first project, asked for in the second one: 404, and nothing happens."""
+    ada, eve = yard.api(), yard.api("eve", yard.other_project)
+    await admin.add_member(yard.database, "eve@example.org", yard.other_project, "admin")
+    run = await ada.start("Hello", mode="interactive")
+    environment = ok(await ada.post("sandbox_environments/", {"name": "e", "private": False}), 201)["id"]
+    nightly = {"name": "a", "prompt": "p", "repository": "o/r", "cron_expression": "0 3 * * *"}
+    automation = ok(await ada.post("task_automations/", nightly), 201)["id"]
+    member = ok(await ada.get("members/"))["results"][0]["id"]
+    ids = {"tasks": run.task_id, "runs": run.id, "sandbox_environments": environment}
+    ids |= {"task_automations": automation, "members": member}
+    before = await _everything(yard)
+    tried, wrong = 0, []
+    for operation in OPERATIONS:
+        parts = operation.path.split("/")
+        if not operation.path.startswith(PROJECT) or "{" not in operation.path.removeprefix(PROJECT):
+            continue
+        if operation.access == "run token":
+            continue  # it names one run
+        for number in range(4, len(parts)):
+            if parts[number].startswith("{"):
+                parts[number] = ids[parts[number - 1]]
+        path = "/".join(parts).replace("{project_id}", str(yard.other_project))
+        body = {} if operation.request is None else {"json": operation.request.example}
+        response = await eve.request(operation.method, path, **body)
+        tried += 1
+        if response.status_code != 404:
+            wrong.append(f"{operation.id}: {response.status_code} {response.text[:200]}")
+    assert wrong == []
+    assert tried > 35
+    assert await _everything(yard) == before
+
+
+async def _everything(yard: Yard) -> dict[str, Any]:
+    """The rows of what belongs to projects."""
+    found = {}
+    for table in (
+        "tasks",
+        "runs",
+        "events",
+        "commands",
+        "sandbox_environments",
+        "task_automations",
+        "memberships",
+    ):
+        rows = await yard.database.fetch("SELECT to_jsonb(t)::text AS row FROM " + table + " t ORDER BY 1")
+        found[table] = [row["row"] for row in rows]
+    return found
 
 
 async def test_a_refusal_says_which_scope(yard: Yard) -> None:

@@ -261,12 +261,15 @@ async def test_only_one_of_many_runs_gets_them(yard: Yard) -> None:
 
 async def test_finalized_at_once(yard: Yard) -> None:
     task = await staged(yard)
-    entries = await task.prepare(*(item(f"{n}") for n in range(4)))
+    entries = await task.prepare(*(item(f"{n}") for n in range(50)))
     for entry in entries:
         await send(task.api, entry)
-    await asyncio.gather(*(task.finalize(*order) for order in (entries, entries[::-1]) for _ in range(4)))
+    await asyncio.gather(
+        *(task.finalize(entry) for entry in entries),
+        *(task.finalize(*order) for order in (entries, entries[::-1]) for _ in range(4)),
+    )
     ids = [entry["id"] for entry in entries]
-    assert len(ok(await task.run(*ids))["latest_run"]["artifacts"]) == 4
+    assert [entry["id"] for entry in ok(await task.run(*ids))["latest_run"]["artifacts"]] == ids
 
 
 async def test_same_one_twice_in_a_request(yard: Yard) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from taskyard.accounts import passwords
 from taskyard.db.engine import Database
+from taskyard.runs.workers import Worker, beat
 from taskyard.security import hash_api_key
 from tests.support.command import taskyard
 
@@ -104,6 +105,17 @@ def test_lists(admin: Cli) -> None:
     assert admin("list-keys", "ada@example.org") == ""
     admin("revoke-key", made["id"])
     assert admin("list-keys", "eve@example.org") == ""
+
+
+async def test_workers(admin: Cli, database: Database) -> None:
+    assert admin("workers") == ""
+    here = Worker("desk-1", ["default", "large"], 4, ["bubblewrap"], ["claude", "scripted"])
+    await beat(database, here)
+    (line,) = admin("workers").splitlines()
+    assert line.startswith("desk-1  ")
+    assert "0 of 4 runs  pools: default, large  agents: claude, scripted  version " in line
+    (found,) = json.loads(admin("workers", "--json"))
+    assert (found["name"], found["running"], found["capacity"]) == ("desk-1", 0, 4)
 
 
 @pytest.mark.parametrize(

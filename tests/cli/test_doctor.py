@@ -114,3 +114,22 @@ def test_the_command(tmp_path: Path) -> None:
     failed = [problem for problem in found.values() if problem["fatal"] and not problem["ok"]]
     assert failed == []
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("key", "ok"), [(s3_keeper.ACCESS_KEY, True), ("nobody", False)])
+def test_the_command_with_a_bucket(tmp_path: Path, s3_url: str, key: str, ok: bool) -> None:
+    """By the variables that the server reads; a bucket that cannot be used fails the command."""
+    names = {
+        "BUCKET": "artifacts",
+        "ENDPOINT_URL": s3_url,
+        "ACCESS_KEY_ID": key,
+        "SECRET_ACCESS_KEY": s3_keeper.SECRET_KEY,
+        "PATH_STYLE": "true",
+    }
+    variables = {f"TASKYARD_OBJECTS__S3__{name}": value for name, value in names.items()}
+    done = taskyard("doctor", "--json", cwd=tmp_path, **variables)
+    found = {problem["name"]: problem for problem in json.loads(done.stdout)}
+    assert found["object storage"]["ok"] is ok
+    assert found["object storage"]["detail"].startswith(f"bucket artifacts at {s3_url}: ")
+    assert done.returncode == (0 if ok else 1)
+    assert s3_keeper.SECRET_KEY not in done.stdout + done.stderr

@@ -19,6 +19,7 @@ from tests.support.tasks_server import (
     RUN_PATH,
     TASK,
     Connection,
+    Seen,
     StandIn,
     bearer,
     message,
@@ -267,6 +268,31 @@ def test_a_dead_server_is_none(server: StandIn, tmp_path: Path) -> None:
     done = taskyard("run", "x", cwd=tmp_path)
     assert done.returncode == 1
     assert "no Taskyard server is running here" in done.stderr
+
+
+def test_what_a_run_waits_for_is_told_when_it_changes(server: StandIn, tmp_path: Path) -> None:
+    busy = {"position": 2, "reason": "all workers of the pool 'default' are busy"}
+    places: list[Any] = [
+        busy,
+        busy,
+        {**busy, "position": 1},
+        {"position": 1, "reason": "a worker is about to take it"},
+    ]
+
+    def answer(_: Seen) -> tuple[int, Any]:
+        if places:
+            return 200, run_json("queued", state={"queue": places.pop(0)})
+        return 200, run_json("completed")
+
+    server.answers["GET", RUN_PATH] = answer
+    server.events = [state(1, "completed")]
+    done = taskyard("follow", TASK, cwd=tmp_path, **remote(server))
+    assert (done.returncode, places) == (0, [])
+    told = [line for line in done.stdout.splitlines() if "Waiting" in line]
+    assert told == [
+        f"Waiting, number {number} in the queue: all workers of the pool 'default' are busy."
+        for number in (2, 1)
+    ]
 
 
 def test_ctrl_c_leaves_the_run_alone(server: StandIn, tmp_path: Path) -> None:

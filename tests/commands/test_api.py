@@ -76,6 +76,33 @@ async def test_unknown_artifacts(yard: Yard) -> None:
     assert await yard.database.fetch("SELECT 1 FROM commands") == []
 
 
+async def test_a_message_carries_nothing_but_its_text_and_artifacts_of_the_run(yard: Yard) -> None:
+    """What stands beside them is trusted by the driver: paths of objects, and what comes first."""
+    run = await yard.api().start()
+    item = {"name": "a.txt", "type": "user_attachment", "content": "hello"}
+    [entry] = ok(await run.api.post(run.path("artifacts/"), {"artifacts": [item]}))["artifacts"]
+    foreign = {"id": "x", "name": "x", "storage_path": "tasks/artifacts/team_2/secret"}
+    await run.command("user_message", content="one", artifacts=[foreign], steer=True)
+    await run.command("user_message", artifact_ids=[entry["id"]], artifacts=7)
+    rows = await yard.database.fetch("SELECT params FROM commands ORDER BY seq")
+    assert [row["params"] for row in rows] == [{"content": "one"}, {"content": "", "artifacts": [entry]}]
+
+
+async def test_a_steering_message_interrupts_and_comes_first(yard: Yard) -> None:
+    run = await yard.api().start()
+    await run.command("user_message", content="later")
+    assert (await run.command("steer", content=" now "))["result"] == {"queued": True}
+    rows = await yard.database.fetch("SELECT method, params FROM commands ORDER BY seq")
+    assert [(row["method"], row["params"]) for row in rows] == [
+        ("user_message", {"content": "later"}),
+        ("user_message", {"content": "now", "steer": True}),
+        ("cancel", {}),
+    ]
+    refused = error(await yard.api().post(run.path("command/"), {"jsonrpc": "2.0", "method": "steer"}), 400,
+                    "invalid_input", "params")  # fmt: skip
+    assert refused["detail"] == MESSAGE.replace("user_message", "steer")
+
+
 async def test_runs_that_nobody_drives_take_no_commands(yard: Yard) -> None:
     api = yard.api()
     for run in (await api.create_run(), await api.create_run(environment="cloud")):

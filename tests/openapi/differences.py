@@ -113,6 +113,23 @@ EXPLAINED: dict[str, list[str]] = {
         "TaskRunBootstrapCreateRequest.priority: added",
         "TaskRunResumeRequestSchema.priority: added",
     ],
+    "An addition of ours: what a run may spend on models, and which it may use.": [
+        "ClaudeTaskRunCreateSchema.allowed_models: added",
+        "ClaudeTaskRunCreateSchema.budget_cost: added",
+        "ClaudeTaskRunCreateSchema.budget_tokens: added",
+        "CodexTaskRunCreateSchema.allowed_models: added",
+        "CodexTaskRunCreateSchema.budget_cost: added",
+        "CodexTaskRunCreateSchema.budget_tokens: added",
+        "TaskRunBootstrapCreateRequest.allowed_models: added",
+        "TaskRunBootstrapCreateRequest.budget_cost: added",
+        "TaskRunBootstrapCreateRequest.budget_tokens: added",
+        "TaskRunResumeRequestSchema.allowed_models: added",
+        "TaskRunResumeRequestSchema.budget_cost: added",
+        "TaskRunResumeRequestSchema.budget_tokens: added",
+    ],
+    "An addition of ours: a message that interrupts the turn.": [
+        "TaskRunCommandRequest.method: +'steer'",
+    ],
     "Staged files can be given to a run that resumes, too.": [
         "TaskRunResumeRequestSchema.pending_user_artifact_ids: added",
     ],

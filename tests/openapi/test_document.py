@@ -100,6 +100,40 @@ def test_null_is_allowed_exactly_where_it_is_accepted() -> None:
     assert {"type": "null"} in branch["anyOf"]
 
 
+def test_additions_of_ours_say_what_they_are() -> None:
+    """Nobody can look them up anywhere else."""
+    schemas = DOCUMENT["components"]["schemas"]
+    own = [
+        (name, field)
+        for name in (
+            "ClaudeTaskRunCreateSchema",
+            "TaskRunResumeRequestSchema",
+            "TaskRunBootstrapCreateRequest",
+        )
+        for field in ("priority", "budget_cost", "budget_tokens", "allowed_models")
+    ]
+    own += [("TaskRunBootstrapCreateRequest", "agent"), ("TaskRunCommandRequest", "method")]
+    own += [
+        (name, "worker_pool")
+        for name in ("SandboxEnvironmentRequest", "SandboxEnvironment", "SandboxEnvironmentListItem")
+    ]
+    for name, field in own:
+        assert len(schemas[name]["properties"][field].get("description", "")) > 20, f"{name}.{field}"
+    state = schemas["TaskRunDetail"]["properties"]["state"]["description"]
+    keys = {
+        "queue",
+        "suspended",
+        "cost",
+        "token_usage",
+        "error_type",
+        "priority",
+        "budget_cost",
+        "allowed_models",
+    }
+    assert keys <= set(re.findall(r"`(\w+)`", state))
+    assert "`steer`" in schemas["TaskRunCommandRequest"]["properties"]["method"]["description"]
+
+
 def test_a_partial_update_has_no_defaults() -> None:
     for name, schema in DOCUMENT["components"]["schemas"].items():
         if name.startswith("Patched"):

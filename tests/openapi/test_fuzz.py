@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from taskyard.accounts import admin
 from taskyard.db.engine import Database
 from taskyard.openapi.document import OPERATIONS, document
 from tests.conftest import make_settings
-from tests.support.yard import Api, Yard, open_yard
+from tests.support.yard import Api, Yard, ok, open_yard
 
 EXAMPLES = int(os.environ.get("TASKYARD_TEST_FUZZ_EXAMPLES", "0"))
 SEED = os.environ.get("TASKYARD_TEST_FUZZ_SEED", "20261125")
@@ -57,6 +58,7 @@ async def yard(tmp_path: Path, database_url: str, database: Database) -> AsyncIt
 async def test_generated_requests(yard: Yard, tmp_path: Path, person: str, aimed: bool) -> None:
     """`aimed`: at a task and a run that exist. Otherwise ids are made up, or come from earlier answers."""
     api = yard.api(person, yard.project if person == "ada" else yard.other_project)
+    await admin.add_member(yard.database, "bob@example.org", int(api.project), "admin")
     schema, config = tmp_path / "openapi.json", tmp_path / "schemathesis.toml"
     schema.write_text(json.dumps(document(closed=True)))
     config.write_text(
@@ -91,13 +93,24 @@ async def test_generated_requests(yard: Yard, tmp_path: Path, person: str, aimed
     generated = re.search(r"(\d+) generated", text)
     assert generated is not None, text
     assert int(generated[1]) > len(OPERATIONS), text
+    # A person who has locked themselves out is refused everything, and finds nothing.
+    assert (await api.get("members/@me/")).status_code == 200
+    if "stateful" in phases:
+        followed = re.search(r"(\d+) covered", text)
+        assert followed is not None, text
+        assert int(followed[1]) >= 3, text
 
 
 async def parameters(api: Api, *, aimed: bool) -> str:
-    """The part of the configuration that says what stands in paths."""
+    """The part of the configuration that says what stands in paths. Nobody takes themselves out of the project."""
     lines = ["[parameters]", f'"path.project_id" = "{api.project}"']
     lines += ["[phases.stateful.inference]", "algorithms = []"]  # the description has the links that matter
-    lines += ["[phases.stateful.generation]", f"max-examples = {max(EXAMPLES * 5, 15)}"]
+    lines += ["[phases.stateful.generation]", f"max-examples = {max(EXAMPLES * 15, 15)}"]
+    members = ok(await api.get("members/"))["results"]
+    other = next(member["id"] for member in members if member["user"]["email"] == "bob@example.org")
+    for name in ("project_members_partial_update", "project_members_destroy"):
+        lines += ["[[operations]]", f'include-operation-id = "{name}"', "[operations.parameters]"]
+        lines += [f'"path.project_id" = "{api.project}"', f'"path.id" = "{other}"']
     if aimed:
         run = await api.start("Fuzz it.")
         for operation in OPERATIONS:

@@ -104,6 +104,20 @@ class TestResume:
         }  # fmt: skip
         assert new["branch"] == "dev"
 
+    async def test_limits_of_spending_are_inherited(self, yard: Yard) -> None:
+        """A run that resumes is no way around them; whoever starts it may say otherwise."""
+        api = yard.api()
+        task = await api.create_task()
+        limits = {"budget_cost": 0.5, "budget_tokens": 1000, "allowed_models": ["claude-*"]}
+        old = await run_task(api, task, **limits)
+        assert {key: old["state"][key] for key in limits} == limits
+        patched = await Run(api, task["id"], old["id"]).patch(
+            state={"budget_cost": 9, "allowed_models": ["*"]}, state_remove_keys=["budget_tokens"]
+        )
+        assert patched["state"] == old["state"]
+        new = await run_task(api, task, resume_from_run_id=old["id"], budget_cost=2)
+        assert {key: new["state"][key] for key in limits} == limits | {"budget_cost": 2}
+
     async def test_the_request_wins(self, yard: Yard) -> None:
         api = yard.api()
         task = await api.create_task()
@@ -261,6 +275,17 @@ class TestEnvironments:
         ({"signal_report_id": ""}, "blank", "signal_report_id"),
         ({"agent": "nobody"}, "invalid_input", "agent"),
         ({"branch": "a\0b"}, "null_characters_not_allowed", "branch"),
+        ({"priority": 101}, "max_value", "priority"),
+        ({"priority": "first"}, "invalid_input", "priority"),
+        ({"priority": None}, "null", "priority"),
+        ({"budget_cost": 0}, "min_value", "budget_cost"),
+        ({"budget_cost": "much"}, "invalid_input", "budget_cost"),
+        ({"budget_cost": 1_000_001}, "max_value", "budget_cost"),
+        ({"budget_cost": None}, "null", "budget_cost"),
+        ({"budget_tokens": 1.5}, "invalid_input", "budget_tokens"),
+        ({"allowed_models": []}, "empty", "allowed_models"),
+        ({"allowed_models": "claude"}, "not_a_list", "allowed_models"),
+        ({"allowed_models": [" "]}, "blank", "allowed_models__0"),
     ],
 )
 async def test_bad_fields(yard: Yard, body: Json, code: str, attr: str) -> None:
@@ -268,6 +293,7 @@ async def test_bad_fields(yard: Yard, body: Json, code: str, attr: str) -> None:
     task = await api.create_task()
     answer = await refused(api, task, body, "runs/")
     assert (answer["code"], answer["attr"]) == (code, attr)
+    assert "Input should" not in answer["detail"], "the words of the library, not of the contract"
 
 
 async def test_bad_artifact_ids(yard: Yard) -> None:

@@ -84,6 +84,30 @@ async def test_numbers_do_not_collide(yard: Yard) -> None:
     assert sorted(task["task_number"] for task in tasks) == list(range(50))
 
 
+async def test_changes_at_once_keep_each_other(yard: Yard) -> None:
+    """Of different fields of one task, while runs of it are created and started."""
+    api = yard.api()
+    task = await api.create_task(title="x")
+    one = f"tasks/{task['id']}/"
+    fields = [
+        ("description", "d"),
+        ("ci_prompt", "c"),
+        ("repository", "o/r"),
+        ("internal", True),
+        ("title", "t"),
+    ]
+    answers = await asyncio.gather(
+        *(api.patch(one, dict([fields[n % 5]])) for n in range(50)),
+        *(api.post(one + rest, {}) for rest in ("run/", "runs/") for _ in range(25)),
+    )
+    assert {response.status_code for response in answers} == {200, 201}
+    changed = ok(await api.get(one))
+    assert [changed[name] for name, _ in fields] == [value for _, value in fields]
+    assert ok(await api.get(one + "runs/"))["count"] == 50
+    stamps = [response.json()["updated_at"] for response in answers[:50]]
+    assert len(set(stamps)) == 50, "clients drop what is not newer"
+
+
 async def test_list_pages(yard: Yard) -> None:
     api = yard.api()
     ids = [(await api.create_task(title=str(n)))["id"] for n in range(5)]

@@ -82,19 +82,13 @@ def me(user: Row, projects: Sequence[Row], current: int | None) -> Json:
     row = next((row for row in projects if row["id"] == current), None)
     all_of_them = organizations(projects)
     own = None if row is None else str(row["organization_id"])
+    basic = user_basic({**user, "user_id": user["id"], "user_uuid": user["uuid"]})
+    assert basic is not None
     return {
-        "id": user["id"],
-        "uuid": str(user["uuid"]),
-        "distinct_id": user["distinct_id"],
-        "first_name": user["first_name"],
-        "last_name": user["last_name"],
-        "email": user["email"],
-        "is_email_verified": None,
+        **basic,
         "is_staff": user["is_staff"],
         "date_joined": timestamp(user["created_at"]),
         "has_password": user["password_hash"] is not None,
-        "role_at_organization": None,
-        "hedgehog_config": None,
         "team": None if row is None else project(row),
         "organization": next((entry for entry in all_of_them if entry["id"] == own), None),
         "organizations": [

@@ -60,7 +60,9 @@ async def update(connection: Connection, caller: Caller, automation_id: UUID, bo
     row = await _lock(connection, caller, automation_id)
     sent = body.sent()
     if of_task := _of_task(sent):
-        await tasks.update(connection, caller, row["task_id"], TaskWrite(**of_task))
+        change = TaskWrite(**of_task)
+        await tasks.check(change)
+        await tasks.update(connection, caller, row["task_id"], change)
     changes = {name: value for name, value in sent.items() if name not in OF_TASK}
     if SCHEDULE & changes.keys():
         now = await store.now(connection)

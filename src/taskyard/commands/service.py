@@ -9,7 +9,7 @@ from uuid import UUID
 from taskyard.accounts.caller import Caller
 from taskyard.artifacts import service as artifacts
 from taskyard.commands import store
-from taskyard.commands.schemas import Command, Method, check_params
+from taskyard.commands.schemas import MESSAGES, Command, Method, check_params
 from taskyard.db.engine import Database, Row
 from taskyard.db.hub import RUNS, Hub
 from taskyard.errors import InvalidInputError, TaskyardError
@@ -74,7 +74,7 @@ async def send(
         answer: dict[str, Any] = {"jsonrpc": "2.0"}
         if command.id is not None:
             answer["id"] = command.id
-        if command.method in (Method.USER_MESSAGE, Method.STEER):
+        if command.method in MESSAGES:
             return answer | {"result": {"queued": True}}
         reply = await _wait(database, run_id, seq, wake)
     if reply["error"] is not None:

@@ -72,8 +72,11 @@ class EnvironmentUpdate(Body):
         default_factory=dict
     )
     private: bool = True
-    worker_pool: Pool | None = None
-    """Addition of ours: only workers of this pool drive runs in the environment; default: those of `default`."""
+    # An addition of ours.
+    worker_pool: Pool | None = Field(
+        default=None,
+        description="Only workers of this pool drive runs in the environment; null: those of `default`.",
+    )
 
 
 class EnvironmentCreate(EnvironmentUpdate):

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from msgspec import UNSET, Meta, UnsetType
 
-from taskyard.openapi.shapes import Number, Page, Role, Shape, Time, Uri, UserBasic
+from taskyard.openapi.shapes import Number, Page, Shape, Time, Uri, UserBasic
 
 
 class Project(Shape):
@@ -36,21 +36,12 @@ class Organization(OrganizationBasic):
     projects: list[Project]
 
 
-class User(Shape):
+class User(UserBasic):
     """The caller."""
 
-    id: int
-    uuid: UUID
-    distinct_id: str | None
-    first_name: str
-    last_name: str
-    email: str
-    is_email_verified: bool | None
     is_staff: bool
     date_joined: Time
     has_password: bool
-    role_at_organization: Role | None
-    hedgehog_config: dict[str, Any] | None
     team: Project | None
     organization: Organization | None
     organizations: list[OrganizationBasic]

@@ -180,7 +180,8 @@ OPERATIONS = (
                 "params": {"content": "Now mend the tests, too."},
             },
         ),
-        text="JSON-RPC 2.0. A `user_message` is queued and answered at once; the others wait for the agent.",
+        text="JSON-RPC 2.0. Messages (`user_message`, `steer`) are queued and answered at once; the others wait for the"
+        " agent. `Idempotency-Key` counts for messages.",
         otherwise={400: shapes.TaskRunErrorResponse},
     ),
     Operation(

@@ -19,6 +19,13 @@ Uri = Annotated[str, Meta(extra_json_schema={"format": "uri"})]
 AnyJson = Annotated[Any, Meta(description="Any JSON value.")]
 Number = Annotated[int, Meta(ge=0)]
 Time = Annotated[datetime, Meta(tz=True)]
+STATE = (
+    "An object, unless a client made it something else. Keys of the server's own: `queue`, while the run waits for a"
+    " worker (only an answer about this run alone has it): its `position` in the project, from 1, and the `reason`;"
+    " `suspended`, true while it sleeps until the next message; `cost`, the US dollars spent on models, and"
+    " `token_usage`; `error_type`, a stable name of why it failed; `priority`, `budget_cost`, `budget_tokens` and"
+    " `allowed_models`, as they were asked for."
+)
 Role = Literal["engineering", "data", "product", "founder", "leadership", "marketing", "sales", "other", ""]
 
 
@@ -117,7 +124,7 @@ class TaskRunDetail(Shape):
     log_url: Annotated[Uri | None, Meta(description="The whole log; works without credentials for an hour.")]
     error_message: str | None
     output: AnyJson
-    state: AnyJson
+    state: Annotated[Any, Meta(description=STATE)]
     artifacts: list[TaskRunArtifactResponse]
     created_at: Time
     updated_at: Time
@@ -287,7 +294,9 @@ class SandboxEnvironmentListItem(Shape):
     allowed_domains: list[str]
     repositories: list[str]
     private: bool
-    worker_pool: str | None
+    worker_pool: Annotated[
+        str | None, Meta(description="Only workers of this pool drive its runs; null: those of `default`.")
+    ]
     internal: bool
     created_by: UserBasic | None
     created_at: Time

@@ -9,7 +9,7 @@ from uuid import UUID
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from taskyard.schemas import Body, Filled, NotNull, Text
+from taskyard.schemas import Body, Filled, NotNull, Text, an_object
 from taskyard.tasks.schemas import RunStatus
 
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
@@ -64,19 +64,13 @@ class PermissionMode(StrEnum):
     FULL_ACCESS = "full-access"
 
 
-def _object(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise PydanticCustomError("dict_type", "not an object")
-    return value
-
-
 def _some_entries(value: list[Any]) -> list[Any]:
     if not value:
         raise PydanticCustomError("entries", "At least one log entry is required")
     return value
 
 
-Opaque = Annotated[Any, AfterValidator(_object)]
+Opaque = Annotated[Any, AfterValidator(an_object)]
 """An object that is not looked into: keys and texts stay as they came."""
 ArtifactIds = list[Annotated[Filled, StringConstraints(max_length=128)]]
 
@@ -95,16 +89,37 @@ class RunFields(Body):
     reasoning_effort: Annotated[Effort | None, NotNull] = None
     github_user_token: Annotated[Filled | None, NotNull] = Field(default=None, repr=False)
     initial_permission_mode: Annotated[PermissionMode | None, NotNull] = None
-    agent: Annotated[Filled | None, NotNull] = None
-    """Addition of ours: the name of a configured agent other than claude and codex."""
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    """Addition of ours: before which runs of its project it gets a worker. Only admins may ask for more than 0."""
-    budget_cost: Annotated[float | None, NotNull, Field(gt=0, le=1_000_000, allow_inf_nan=False)] = None
-    """Addition of ours: US dollars that the run may spend on models."""
-    budget_tokens: Annotated[int | None, NotNull, Field(gt=0, le=10**15)] = None
-    """Addition of ours: tokens that the run may use, those read from a cache not counted."""
-    allowed_models: Annotated[list[Filled] | None, NotNull, Field(min_length=1, max_length=100)] = None
-    """Addition of ours: the models that the run may use, `*` for any characters."""
+    # From here on additions of ours.
+    agent: Annotated[Filled | None, NotNull] = Field(
+        default=None, description="The name of a configured agent other than `claude` and `codex`."
+    )
+    priority: int = Field(
+        default=0,
+        ge=-100,
+        le=100,
+        description="Of the waiting runs of a project, the one with the highest gets a worker first. Only admins of the"
+        " project may ask for more than 0.",
+    )
+    budget_cost: Annotated[float | None, NotNull] = Field(
+        default=None,
+        gt=0,
+        le=1_000_000,
+        allow_inf_nan=False,
+        description="US dollars that the run may spend on models. A run that resumes this one has the same limit,"
+        " unless it names another.",
+    )
+    budget_tokens: Annotated[int | None, NotNull] = Field(
+        default=None,
+        gt=0,
+        le=10**15,
+        description="Tokens that the run may use, those read from a cache not counted; inherited like `budget_cost`.",
+    )
+    allowed_models: Annotated[list[Filled] | None, NotNull] = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        description="The models that the run may use, `*` for any characters; inherited like `budget_cost`.",
+    )
 
 
 class RunTask(RunFields):

@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 
 from taskyard.accounts.caller import Caller
 from taskyard.db.engine import Connection, Database, Row
+from taskyard.runs.schemas import TERMINAL
 from taskyard.tasks import filters
 
 OF_TASK: LiteralString = "r.project_id = %(project)s AND r.task_id = %(task)s"
@@ -187,7 +188,7 @@ async def save(connection: Connection, row: Row, *, start: bool = False) -> Row:
                 **row,
                 "output": None if row["output"] is None else Jsonb(row["output"]),
                 "state": Jsonb(row["state"]),
-                "ended": row["status"] in ("completed", "failed", "cancelled"),
+                "ended": row["status"] in TERMINAL,
                 "start": start,
             },
         )

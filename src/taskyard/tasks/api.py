@@ -78,6 +78,7 @@ class TaskController(Controller):
 
     async def _update(self, request: Req, task_id: FromPath[str]) -> Response[bytes]:
         sent, query = await body(request, TaskWrite), parse_query(Narrowing, request.query_params)
+        await service.check(sent)
         async with request.app.state.database.transaction() as connection:
             row = await service.update(connection, request.user, path_uuid(task_id), sent, query)
         return answer(present.task(row, log_urls(request)))

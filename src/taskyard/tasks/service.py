@@ -20,7 +20,7 @@ EVERYTHING = Narrowing()
 
 async def create(target: Inserts | Connection, caller: Caller, body: TaskWrite) -> Row:
     """A new task of the caller's project, as stored (tasks-api §4.2); with a connection, in its transaction."""
-    await _check(body)
+    await check(body)
     fields = {name: getattr(body, name) for name in store.COLUMNS}
     if body.title:
         fields["title_manually_set"] = body.title_manually_set if _sent(body, "title_manually_set") else True
@@ -34,8 +34,7 @@ async def create(target: Inserts | Connection, caller: Caller, body: TaskWrite) 
 async def update(
     connection: Connection, caller: Caller, task_id: UUID, body: TaskWrite, query: Narrowing = EVERYTHING
 ) -> Row:
-    """Only the sent fields change (§4.4); a sent title counts as set by hand (§2.3)."""
-    await _check(body)
+    """Only the sent fields change (§4.4); a sent title counts as set by hand (§2.3). The body has passed `check`."""
     changes: dict[str, Any] = body.sent()
     if "title" in changes and "title_manually_set" not in changes:
         changes["title_manually_set"] = True
@@ -91,10 +90,11 @@ def _sent(body: TaskWrite, name: str) -> bool:
     return name in body.model_fields_set
 
 
-async def _check(body: TaskWrite) -> None:
+async def check(body: TaskWrite) -> None:
     """Checks beyond single fields (§2.7). No integration exists here yet, so every id is unknown.
 
-    A schema that is none is refused when it is written, not when an answer is checked against it (§2.5).
+    A schema that is none is refused when it is written, not when an answer is checked against it (§2.5). That can take
+    seconds, so nothing should be locked meanwhile.
     """
     for name in ("github_integration", "github_user_integration", "signal_report"):
         if (value := getattr(body, name)) is not None:
