@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import hashlib
 import ipaddress
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -231,7 +232,7 @@ async def test_idle_tunnels_end(monkeypatch: pytest.MonkeyPatch) -> None:
         AsyncExitStack() as stack,
     ):
         _, reader, _ = await connect(stack, door, f"allowed.test:{port}")
-        with pytest.raises(ConnectionError):
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await reader.readexactly(1)
 
 
@@ -405,11 +406,7 @@ async def test_requests_on_one_connection_are_each_checked() -> None:
             good = f"GET http://allowed.test:{port}/ HTTP/1.1\r\nHost: x\r\n\r\n"
             bad = f"GET http://other.test:{port}/ HTTP/1.1\r\nHost: allowed.test\r\n\r\n"
             answer = await door.send((good + good + bad + good).encode())
-    assert [line.split()[1] for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == [
-        b"200",
-        b"200",
-        b"403",
-    ]
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"200", b"200", b"403"]
     assert len(seen) == 2
 
 

@@ -112,7 +112,7 @@ class GitExchange(Exchange):
             raise RefusedError(Refused(400, "the push ends before its commands do."))
         reason = self._problem(reader.updates)
         if reason is None:
-            return _joined(reader.seen, rest)
+            return _joined(bytes(reader.seen), rest)
         refused = Refused(403, f"{reason}.")
         told = report(reader, reason)
         if told is None:

@@ -27,7 +27,8 @@ class PushReader:
 
     updates: list[RefUpdate] = field(default_factory=list)
     capabilities: frozenset[str] = frozenset()
-    seen: bytes = b""
+    """Of all lines: git takes them from each."""
+    seen: bytearray = field(default_factory=bytearray)
     """Everything fed so far."""
     complete: bool = False
     _at: int = 0
@@ -52,14 +53,18 @@ class PushReader:
                 raise BadPushError(f"its commands exceed {MAX_COMMANDS} bytes")
             if len(self.seen) < self._at + length:
                 break
-            self._line(self.seen[self._at + 4 : self._at + length])
+            self._line(bytes(self.seen[self._at + 4 : self._at + length]))
             self._at += length
 
     def _line(self, line: bytes) -> None:
         # As git reads it: one line break at the end goes, and a NUL ends the name.
         text, nul, capabilities = line.removesuffix(b"\n").partition(b"\0")
-        if nul and not self.updates:
-            self.capabilities = frozenset(capabilities.decode("utf-8", "replace").split())
+        if nul:
+            # What comes after the commands then tells the server things that have nothing to do with refs: make this
+            # repository public (Gitea), merge this into another branch (GitLab).
+            if b"push-options" in capabilities:
+                raise BadPushError("push options are not taken here")
+            self.capabilities |= frozenset(capabilities.decode("utf-8", "replace").split())
         if text.startswith(b"shallow ") and not self.updates:
             return
         match = _COMMAND.fullmatch(text)
