@@ -36,9 +36,7 @@ def test_the_name(name: str) -> None:
     hello = client_hello(name)
     assert name_in(hello) == name
     assert name_in(in_records(hello, 7)) == name
-    assert name_in(hello + b"\x14\x03\x03\x00\x01\x01\x17\x03\x03\x00\x01x") == name, (
-        "early data may follow"
-    )
+    assert name_in(hello + b"\x14\x03\x03\x00\x01\x01\x17\x03\x03\x00\x01x") == name, "early data may follow"
 
 
 def test_without_a_name() -> None:

@@ -48,10 +48,12 @@ def git_repository(name: str, origin: Origin, branch: str, credentials: Credenti
 
 
 def git_variables(gateway: str, name: str, origin: Origin) -> dict[str, str]:
-    """What makes git inside the sandbox go to the gateway for this repository, whatever its configuration says."""
-    served = f"{gateway}/git/{name.lower()}.git"
+    """What makes git inside the sandbox go to the gateway for this repository, whatever its configuration says.
+
+    git replaces the beginning of addresses, so it works with and without `.git` at the end.
+    """
     return {
         "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.{served}.insteadOf",
-        "GIT_CONFIG_VALUE_0": origin.location,
+        "GIT_CONFIG_KEY_0": f"url.{gateway}/git/{name.lower()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": origin.location.removesuffix(".git"),
     }

@@ -53,7 +53,7 @@ class HelloReader:
         """The server name, "" when the client gives none; None: more bytes are needed. Raises BadHelloError."""
         self._data += data
         while not self._complete():
-            record = self._data[self._at : self._at + 5]
+            record = bytes(self._data[self._at : self._at + 5])
             if record[:1] not in (b"", b"\x16") or record[1:2] not in (b"", b"\x03"):
                 raise BadHelloError("it does not begin with TLS")
             if len(record) < 5:
@@ -69,7 +69,7 @@ class HelloReader:
 
     def _complete(self) -> bool:
         """Whether the handshake message is there; whatever records follow it: early data, for one."""
-        if self._message[:1] not in (b"", b"\x01"):
+        if not b"\x01".startswith(self._message[:1]):
             raise BadHelloError("it does not begin with a ClientHello")
         if len(self._message) < 4:
             return False
