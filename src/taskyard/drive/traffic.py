@@ -145,7 +145,10 @@ def _network_note(network: Network, environment: Row | None) -> str | None:
     if environment is None:
         return None
     name, level = environment["name"], environment["network_access_level"]
-    text = f"The sandbox environment '{name}' gives network access '{level}'."
+    text = f"The sandbox environment '{name}' gives network access '{level}'"
+    if network.level == "listed":
+        text += f" to {len(network.rules)} hosts"
+    text += "." if network.rules or network.level != "listed" else ": the model APIs and the repository only."
     if ignored := network.rules.ignored:
         text += f" Ignored, because they are no host names: {', '.join(ignored[:20])}."
     return text

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import h11
 import httpx
 
+from taskyard.errors import TaskyardError
 from taskyard.gateway.exchange import Answer, Exchange, RefusedError, pieces
 from taskyard.gateway.headers import NOT_DOWN, NOT_UP, Header, framing, passed
 from taskyard.gateway.models import Refused
@@ -125,7 +126,13 @@ class GitExchange(Exchange):
 
     async def _token(self) -> str | None:
         credentials = self._asked.repository.credentials
-        return None if credentials is None else await credentials()
+        try:
+            return None if credentials is None else await credentials()
+        except TaskyardError as error:
+            reason = (
+                "the token of this repository cannot be read on this server; an administrator has to look."
+            )
+            raise RefusedError(Refused(502, reason)) from error
 
     async def _check_push(self, body: AsyncIterator[bytes] | None) -> AsyncIterator[bytes] | Answer:
         """The body again, when the refs that it changes are the run's own; else the answer."""
