@@ -201,8 +201,8 @@ def test_many_models_stay_a_short_list() -> None:
         (
             environment("custom", "a.example", "*.b.example", "a b", "*"),
             (
-                "The sandbox environment 'Build' gives network access 'custom' to 2 hosts. Ignored, because they are no "
-                "host names: a b, *."
+                "The sandbox environment 'Build' gives network access 'custom' to 2 hosts. "
+                "Ignored, because they are no host names: a b, *."
             ),
         ),
         (
