@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from taskyard.db.engine import Database, Row
@@ -40,11 +41,17 @@ def site_token(git: GitSettings, url: str) -> str | None:
     return git.tokens[max(found, key=len)].get_secret_value() if found else None
 
 
-def git_repository(name: str, origin: Origin, branch: str, credentials: Credentials) -> GitRepository | None:
+def git_repository(
+    name: str,
+    origin: Origin,
+    branch: str,
+    credentials: Credentials,
+    on_push: Callable[[str], None] | None = None,
+) -> GitRepository | None:
     """A repository as the gateway serves it; None for a folder of this host, which no protocol of it reaches."""
     if origin.kind != "url":
         return None
-    return GitRepository(name.lower(), origin.location, (branch,), lambda: credentials(origin))
+    return GitRepository(name.lower(), origin.location, (branch,), lambda: credentials(origin), on_push)
 
 
 def git_variables(gateway: str, name: str, origin: Origin) -> dict[str, str]:

@@ -148,6 +148,9 @@ class GitExchange(Exchange):
             raise RefusedError(Refused(400, "the push ends before its commands do."))
         reason = self._problem(reader.updates)
         if reason is None:
+            if (on_push := self._asked.repository.on_push) is not None:
+                for update in reader.updates:
+                    on_push(update.commit)
             return _joined(bytes(reader.seen), rest)
         refused = Refused(403, f"{reason}.")
         told = report(reader, reason)

@@ -19,6 +19,8 @@ class BadPushError(ValueError):
 class RefUpdate:
     ref: str
     deletes: bool
+    commit: str = field(default="", compare=False)
+    """What it is to stand at."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class PushReader:
             ref = match[3].decode("utf-8")
         except UnicodeDecodeError:
             raise BadPushError("the name of a ref is no UTF-8") from None
-        self.updates.append(RefUpdate(ref, deletes=not match[2].strip(b"0")))
+        self.updates.append(RefUpdate(ref, deletes=not match[2].strip(b"0"), commit=match[2].decode()))
 
 
 def report(reader: PushReader, message: str) -> bytes | None:
