@@ -109,7 +109,8 @@ class Caller:
 
 
 async def calls(direct: int, plain: int, limited: int, count: int) -> None:
-    print(f"{'one model call':<38} {'first ms':>9} {'end ms':>9} {'+first':>8} {'+end':>8} {'p95 end':>8}")
+    columns = (("first ms", 9), ("end ms", 9), ("+first", 8), ("+end", 8), ("p95 end", 8), ("+p95", 8))
+    print(f"{'one model call':<38} " + " ".join(f"{name:>{width}}" for name, width in columns))
     for size in (2_000, 200_000, 1_000_000):
         text = "word " * (size // 5)
         body = json.dumps(
@@ -128,13 +129,19 @@ async def calls(direct: int, plain: int, limited: int, count: int) -> None:
                 if number >= 20:
                     times[name].append(took)
         base = [statistics.median(column) for column in zip(*times["direct"], strict=True)]
+        base_p95 = p95_of(times["direct"])
         for name, taken in times.items():
             first, end = (statistics.median(column) for column in zip(*taken, strict=True))
-            p95 = sorted(took[1] for took in taken)[int(len(taken) * 0.95)]
+            p95 = p95_of(taken)
             label = f"{size // 1000} kB, {name}"
             print(
-                f"{label:<38} {first:9.2f} {end:9.2f} {first - base[0]:8.2f} {end - base[1]:8.2f} {p95:8.2f}"
+                f"{label:<38} {first:9.2f} {end:9.2f} {first - base[0]:8.2f} {end - base[1]:8.2f}"
+                f" {p95:8.2f} {p95 - base_p95:8.2f}"
             )
+
+
+def p95_of(taken: list[tuple[float, float]]) -> float:
+    return sorted(took[1] for took in taken)[int(len(taken) * 0.95)]
 
 
 async def throughput(direct: int, gateway: int, megabytes: int) -> None:

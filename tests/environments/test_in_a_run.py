@@ -58,10 +58,7 @@ async def test_variables_reach_the_agent(live: Yard) -> None:
     for name in ("PATH", "LD_PRELOAD", "HTTP_PROXY"):
         assert f"{name}={sent[name]}" not in shown
     [note] = notes(log)
-    assert note == (
-        "The sandbox environment 'Build' allows network access 'full'. "
-        "This server does not offer it yet: the run reaches the model gateway and nothing else."
-    )
+    assert note == ("The sandbox environment 'Build' gives network access 'full'.")
 
 
 async def test_no_environment_no_variables(live: Yard) -> None:
@@ -73,11 +70,16 @@ async def test_no_environment_no_variables(live: Yard) -> None:
 
 async def test_levels_are_named(live: Yard) -> None:
     wanted = await environment(
-        live, network_access_level="custom", allowed_domains=["a.example.org", "b.example.org"]
+        live, network_access_level="custom", allowed_domains=["a.example.org", "*.example.org", "not a host"]
     )
     run = await live.api().start("SAY hi", sandbox_environment_id=wanted, **SCRIPTED)
     _, log = await finished(run, "completed")
-    assert "network access 'custom' to 2 domains." in notes(log)[0]
+    assert notes(log) == [
+        (
+            "The sandbox environment 'Build' gives network access 'custom' to 2 hosts. "
+            "Ignored, because they are no host names: not a host."
+        )
+    ]
 
 
 @pytest.mark.parametrize("how", ["deleted", "of somebody else", "no key"])

@@ -58,6 +58,7 @@ def test_public(text: str) -> None:
         "64:ff9b::a9fe:a9fe",
         "64:ff9b::7f00:1",
         "64:ff9b:1::a9fe:a9fe",
+        "64:ff9b:1::808:808",
         "100::1",
         "2001::1",
         "2001:db8::1",

@@ -6,7 +6,7 @@ import ssl
 
 import pytest
 
-from taskyard.gateway.client_hello import MAX_HELLO, BadHelloError, server_name
+from taskyard.gateway.client_hello import MAX_HELLO, BadHelloError, HelloReader
 
 
 def client_hello(name: str | None) -> bytes:
@@ -20,6 +20,10 @@ def client_hello(name: str | None) -> bytes:
     return outgoing.read()
 
 
+def name_in(data: bytes) -> str | None:
+    return HelloReader().feed(data)
+
+
 def in_records(hello: bytes, size: int) -> bytes:
     """The same message in records of at most so many bytes."""
     message = hello[5:]
@@ -30,20 +34,25 @@ def in_records(hello: bytes, size: int) -> bytes:
 @pytest.mark.parametrize("name", ["example.org", "xn--bcher-kva.example", "a" * 60 + ".example"])
 def test_the_name(name: str) -> None:
     hello = client_hello(name)
-    assert server_name(hello) == name
-    assert server_name(in_records(hello, 7)) == name
-    assert server_name(hello + b"\x14\x03\x03\x00\x01\x01\x17\x03\x03\x00\x01x") == name, (
-        "early data may follow"
-    )
+    assert name_in(hello) == name
+    assert name_in(in_records(hello, 7)) == name
+    assert name_in(hello + b"\x14\x03\x03\x00\x01\x01\x17\x03\x03\x00\x01x") == name, "early data may follow"
 
 
 def test_without_a_name() -> None:
-    assert server_name(client_hello(None)) == ""
+    assert name_in(client_hello(None)) == ""
 
 
 def test_more_is_needed_until_it_is_whole() -> None:
     hello = client_hello("example.org")
-    assert [server_name(hello[:at]) for at in range(len(hello))] == [None] * len(hello)
+    assert [name_in(hello[:at]) for at in range(len(hello))] == [None] * len(hello)
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_it_comes_in_pieces(size: int) -> None:
+    hello, reader = in_records(client_hello("example.org"), size), HelloReader()
+    assert [reader.feed(hello[at : at + 1]) for at in range(len(hello) - 1)] == [None] * (len(hello) - 1)
+    assert reader.feed(hello[-1:]) == "example.org"
 
 
 def extension(hello: bytes, kind: int, body: bytes) -> bytes:
@@ -86,8 +95,8 @@ def names(*entries: tuple[int, bytes]) -> bytes:
 )
 def test_what_is_no_hello(hello: bytes) -> None:
     with pytest.raises(BadHelloError):
-        server_name(hello)
+        name_in(hello)
 
 
 def test_encrypted_client_hello_counts_by_its_outer_name() -> None:
-    assert server_name(extension(client_hello("front.example"), 0xFE0D, b"\x00" * 40)) == "front.example"
+    assert name_in(extension(client_hello("front.example"), 0xFE0D, b"\x00" * 40)) == "front.example"

@@ -6,10 +6,11 @@ import asyncio
 import datetime
 import hashlib
 import ipaddress
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ async def test_idle_tunnels_end(monkeypatch: pytest.MonkeyPatch) -> None:
         AsyncExitStack() as stack,
     ):
         _, reader, _ = await connect(stack, door, f"allowed.test:{port}")
-        with pytest.raises(ConnectionError):
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await reader.readexactly(1)
 
 
@@ -395,6 +396,101 @@ async def test_plain_http() -> None:
     assert not {"proxy-authorization", "proxy-connection", "x-hop"} & sent.headers.keys()
 
 
+async def test_a_tunnel_to_port_80_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header Host could name any other site of the same content network."""
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(b"ok")
+
+    async with open_upstream(handler) as (url, seen):
+        lead_port_80_to(monkeypatch, url)
+        async with (
+            open_door(network=listed("allowed.test")) as door,
+            asyncio.timeout(60),
+            AsyncExitStack() as stack,
+        ):
+            head, reader, writer = await connect(stack, door, "allowed.test:80")
+            assert b" 200 " in head
+            writer.write(b"GET /a?b=c HTTP/1.1\r\nHost: other.test\r\n\r\n")
+            writer.write(b"POST /d HTTP/1.1\r\nHost: other.test\r\nContent-Length: 2\r\n\r\nhi")
+            writer.write(b"GET http://other.test/ HTTP/1.1\r\nHost: other.test\r\n\r\n")
+            answer = await reader.read()
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"200", b"200", b"400"]
+    assert [(one.method, one.target) for one in seen] == [("GET", "/a?b=c"), ("POST", "/d")]
+    assert [one.body for one in seen] == [b"", b"hi"]
+    assert [one.headers["host"] for one in seen] == [["allowed.test"]] * 2
+    [told] = door.refusals
+    assert told.status == 400
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"SSH-2.0-x\r\n\r\n",
+        client_hello("allowed.test") + b"\r\n\r\n",
+        b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+    ids=["ssh", "tls", "connect"],
+)
+async def test_a_tunnel_to_port_80_takes_nothing_else(first: bytes) -> None:
+    async with (
+        open_door(network=listed("allowed.test")) as door,
+        asyncio.timeout(60),
+        AsyncExitStack() as stack,
+    ):
+        _, reader, writer = await connect(stack, door, "allowed.test:80")
+        writer.write(first)
+        assert (await reader.read()).startswith(b"HTTP/1.1 400")
+    assert len(door.refusals) == 1
+
+
+def lead_port_80_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Requests for port 80 go to the server of the test."""
+    asked = httpx.AsyncHTTPTransport.handle_async_request
+
+    async def lead(self: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
+        if request.url.port is None:
+            request.url = request.url.copy_with(port=int(url.rpartition(":")[2]))
+        return await asked(self, request)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", lead)
+
+
+@pytest.mark.parametrize("what", ["body", "heads"])
+async def test_a_limit_of_bytes_for_plain_http(what: str) -> None:
+    """One upload without end, and many requests whose heads carry the bytes."""
+    arrived = 0
+
+    async def handler(exchange: Exchange) -> None:
+        nonlocal arrived
+        arrived += len(exchange.body) + len(str(exchange.headers))
+        if what == "heads":
+            await exchange.answer(b"")
+            return
+        while data := await exchange.reader.read(65536):
+            arrived += len(data)
+
+    async with open_upstream(handler, read_body=what == "heads") as (url, _):
+        port = int(url.rpartition(":")[2])
+        network = Network("full", internal=ON_THIS_MACHINE, max_bytes=1_000_000)
+        async with open_door(network=network) as door, asyncio.timeout(60):
+            line = f"POST http://allowed.test:{port}/ HTTP/1.1\r\nHost: x\r\n"
+            if what == "body":
+                request = f"{line}Content-Length: 9000000\r\n\r\n".encode() + b"x" * 9_000_000
+            else:
+                request = (f"{line}X: {'x' * 50_000}\r\nContent-Length: 0\r\n\r\n" * 100).encode()
+            reader, writer = await door.connect()
+            writer.write(request)
+            with suppress(ConnectionError):
+                await reader.read()
+            writer.transport.abort()
+            await eventually(lambda: arrived > 500_000, "nothing arrived")
+            status, body = await refusal(door, f"{line}Content-Length: 0\r\n\r\n".encode())
+    assert status == 403
+    assert "network.max_bytes" in body
+    assert arrived < 1_100_000
+
+
 async def test_requests_on_one_connection_are_each_checked() -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.answer(b"ok")
@@ -405,11 +501,7 @@ async def test_requests_on_one_connection_are_each_checked() -> None:
             good = f"GET http://allowed.test:{port}/ HTTP/1.1\r\nHost: x\r\n\r\n"
             bad = f"GET http://other.test:{port}/ HTTP/1.1\r\nHost: allowed.test\r\n\r\n"
             answer = await door.send((good + good + bad + good).encode())
-    assert [line.split()[1] for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == [
-        b"200",
-        b"200",
-        b"403",
-    ]
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"200", b"200", b"403"]
     assert len(seen) == 2
 
 

@@ -181,7 +181,7 @@ def test_the_key_is_starred_out_wherever_it_is_cut() -> None:
         assert mask.feed(body[:cut]) + mask.feed(body[cut:]) + mask.finish() == stars
     mask = KeyMask(KEY)
     assert b"".join(mask.feed(body[i : i + 1]) for i in range(len(body))) + mask.finish() == stars
-    mask = KeyMask(None)
+    mask = KeyMask()
     assert mask.feed(body) + mask.finish() == body
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from taskyard.db.engine import Database, Row
@@ -40,18 +41,26 @@ def site_token(git: GitSettings, url: str) -> str | None:
     return git.tokens[max(found, key=len)].get_secret_value() if found else None
 
 
-def git_repository(name: str, origin: Origin, branch: str, credentials: Credentials) -> GitRepository | None:
+def git_repository(
+    name: str,
+    origin: Origin,
+    branch: str,
+    credentials: Credentials,
+    on_push: Callable[[str], None] | None = None,
+) -> GitRepository | None:
     """A repository as the gateway serves it; None for a folder of this host, which no protocol of it reaches."""
     if origin.kind != "url":
         return None
-    return GitRepository(name.lower(), origin.location, (branch,), lambda: credentials(origin))
+    return GitRepository(name.lower(), origin.location, (branch,), lambda: credentials(origin), on_push)
 
 
 def git_variables(gateway: str, name: str, origin: Origin) -> dict[str, str]:
-    """What makes git inside the sandbox go to the gateway for this repository, whatever its configuration says."""
-    served = f"{gateway}/git/{name.lower()}.git"
+    """What makes git inside the sandbox go to the gateway for this repository, whatever its configuration says.
+
+    git replaces the beginning of addresses, so it works with and without `.git` at the end.
+    """
     return {
         "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.{served}.insteadOf",
-        "GIT_CONFIG_VALUE_0": origin.location,
+        "GIT_CONFIG_KEY_0": f"url.{gateway}/git/{name.lower()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": origin.location.removesuffix(".git"),
     }

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import re
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,15 +77,16 @@ async def publish(
     run_id: str,
     base_branch: str,
     previous: str | None = None,
+    pushed: Collection[str] = (),
     max_bytes: int = MAX_BUNDLE,
 ) -> Published:
     """Check a bundle of `workspace.bundle` and push its head to `branch` of the origin, and nothing else.
 
-    base_commit, base_branch: of the workspace. previous: the commit this run published before, if it did.
-    The bundle is left in place.
+    base_commit, base_branch: of the workspace. previous: the commit this run published before, if it did;
+    pushed: those that its agent pushed there. The bundle is left in place.
 
-    The branch must be below `taskyard/` and is never the base branch. It may be new, stand at `previous`,
-    or at a commit that the result contains (a publication whose answer was lost); anything else on it
+    The branch must be below `taskyard/` and is never the base branch. It may be new, stand at `previous` or one of
+    `pushed`, or at a commit that the result contains (a publication whose answer was lost); anything else on it
     was pushed by somebody, and is not overwritten. Publishing the same result twice is harmless.
 
     The result has to share history with the base: a rebased or shortened history makes a sensible branch
@@ -110,7 +111,7 @@ async def publish(
             "rev-list", "--count", commit, *([f"^{base_commit}"] if base_commit is not None else [])
         )
         stats = await diff_stat(mirror, diff_base, commit)
-        await _push(mirror, commit, branch, previous)
+        await _push(mirror, commit, branch, {*pushed, previous})
         async with mirror.lock():
             await mirror.git("update-ref", f"refs/heads/{branch}", commit)
     finally:
@@ -234,11 +235,11 @@ async def _is_ancestor(mirror: Mirror, ancestor: str, commit: str) -> bool:
     return True
 
 
-async def _push(mirror: Mirror, commit: str, branch: str, previous: str | None) -> None:
+async def _push(mirror: Mirror, commit: str, branch: str, ours: set[str | None]) -> None:
     current = await mirror.remote_head(branch)
     if current == commit:
         return
-    if current is not None and current != previous and not await _is_ancestor(mirror, current, commit):
+    if current is not None and current not in ours and not await _is_ancestor(mirror, current, commit):
         raise PublishError(
             f"Branch {branch} has commits that this run did not publish; they are not overwritten."
             " Rename or delete that branch, then publish again."

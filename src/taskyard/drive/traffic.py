@@ -15,6 +15,7 @@ from taskyard.db.engine import AWAY, Database, Row, raise_cancelled
 from taskyard.drive.failures import RunFailure
 from taskyard.drive.recorder import Recorder
 from taskyard.environments import domains
+from taskyard.errors import SetupError
 from taskyard.events import entries
 from taskyard.gateway import store
 from taskyard.gateway.prices import BUILT_IN
@@ -57,6 +58,10 @@ async def open_gateway(
     Raises RunFailure: agent_start_failed for settings that cannot work.
     """
     run_id, project_id = row["id"], row["project_id"]
+    try:
+        models, prices = routes(settings), BUILT_IN.extended(settings.models.prices)
+    except SetupError as error:
+        raise RunFailure("agent_start_failed", error.detail) from error
     usage = await store.usage_of(database, run_id)
     spent_month = 0.0
     if settings.budget.project_month_cost is not None:
@@ -65,12 +70,12 @@ async def open_gateway(
     site, asked = settings.models.allowed, row["state"].get("allowed_models")
     policy = Policy(
         str(run_id),
-        routes(settings),
+        models,
         network,
         git,
         [list(names) for names in (site, asked) if names is not None],
         budget_of(settings.budget, row["state"], usage, spent_month),
-        BUILT_IN.extended(settings.models.prices),
+        prices,
     )
     if note := _network_note(network, environment):
         recorder.add(entries.console(str(run_id), "info", note))
@@ -109,7 +114,7 @@ def budget_of(limits: BudgetSettings, state: Json, usage: Usage, spent_month: fl
 
 
 def routes(settings: Settings) -> dict[str, ModelRoute]:
-    """Where model traffic goes. Raises RunFailure."""
+    """Where model traffic goes. Raises RunFailure, SetupError."""
     models = settings.models
     return {
         "anthropic": _route("anthropic", models.anthropic, "ANTHROPIC_API_KEY"),
@@ -140,7 +145,10 @@ def _network_note(network: Network, environment: Row | None) -> str | None:
     if environment is None:
         return None
     name, level = environment["name"], environment["network_access_level"]
-    text = f"The sandbox environment '{name}' gives network access '{level}'."
+    text = f"The sandbox environment '{name}' gives network access '{level}'"
+    if network.level == "listed":
+        text += f" to {len(network.rules)} hosts"
+    text += "." if network.rules or network.level != "listed" else ": the model APIs and the repository only."
     if ignored := network.rules.ignored:
         text += f" Ignored, because they are no host names: {', '.join(ignored[:20])}."
     return text

@@ -41,6 +41,8 @@ class Work:
         # What an earlier worker published of this run.
         ours = output.get("head_branch") == self._branch
         self._published: str | None = output.get("commit_sha") if ours else None
+        self._pushed: set[str] = set()
+        """Commits that the agent pushed there by itself."""
 
     @property
     def path(self) -> str:
@@ -88,7 +90,8 @@ class Work:
         """The repository as the gateway serves it, once it is checked out; None when git inside cannot reach it."""
         if self.origin is None:
             return None
-        return git_repository(self._task["repository"], self.origin, self._branch, self.credentials)
+        name, pushed = self._task["repository"], self._pushed.add
+        return git_repository(name, self.origin, self._branch, self.credentials, pushed)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -127,6 +130,7 @@ class Work:
                 run_id=str(self._row["id"]),
                 base_branch=self.workspace.base_branch,
                 previous=self._published,
+                pushed=self._pushed,
             )
         news = published.commit != self._published
         self._published = published.commit

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from taskyard.errors import InvalidInputError
 
@@ -149,6 +149,8 @@ def _check_url(text: str) -> Origin:
     path = parts.path.rstrip("/")
     if not path:
         raise InvalidOriginError("The URL names a host but no repository on it.")
+    if {".", ".."} & set(unquote(path).split("/")):
+        raise InvalidOriginError("The URL of a repository has no '.' or '..' in its path.")
     name = f"[{host}]" if ":" in host else host
     url = f"{parts.scheme.lower()}://{name}{f':{port}' if port is not None else ''}{path}"
     return Origin("url", url, url)

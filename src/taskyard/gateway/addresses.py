@@ -19,7 +19,8 @@ MAX_ADDRESSES = 4
 # A pool of its own: a name server that does not answer must not hold up anything else of the worker.
 _RESOLVERS = ThreadPoolExecutor(16, "resolve")
 
-_NAT64 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
+# Not 64:ff9b:1::/48, the one for local use (RFC 8215): each network says itself where the IPv4 address stands in it.
+_NAT64 = IPv6Network("64:ff9b::/96")
 _6TO4 = IPv6Network("2002::/16")
 _UNICAST = IPv6Network("2000::/3")
 # What `is_global` of the oldest supported Python lets through, and addresses of clouds' own services that look public:
@@ -61,7 +62,7 @@ def embedded(address: IPv6Address) -> IPv4Address | None:
         return address.ipv4_mapped
     if address in _6TO4:
         return address.sixtofour
-    if any(address in network for network in _NAT64):
+    if address in _NAT64:
         return IPv4Address(int(address) & 0xFFFFFFFF)
     return None
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import h11
 import httpx
@@ -24,12 +22,15 @@ from taskyard.gateway.models import (
     upstream_request,
 )
 from taskyard.gateway.policy import Policy
+from taskyard.gateway.prices import MAX_MODEL_NAME, Tokens
 from taskyard.gateway.usage import Meter, ModelCall
 
 MAX_BODY = 64 * 1024 * 1024
 MAX_READ_AHEAD = 32 * 1024 * 1024
 """Bytes of a request whose model has to be known before it may go out; as much as the vendors take."""
 BUDGET = "budget_exceeded"
+CLIENT_GONE = 499
+"""The status of a call whose client left before the answer began, as nginx has it."""
 
 
 class CallExchange(Exchange):
@@ -44,11 +45,12 @@ class CallExchange(Exchange):
         self._policy = policy
         self._on_call = on_call
         self._meter = Meter("")
-        self._mask = KeyMask(None)
+        self._mask = KeyMask()
         self._sent = 0
         self._asked: str | None = None
         self._tab = policy.budget.open() if admitted.costs else None
         self._streams = False
+        self._before = b""
 
     async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
         method = head.method.decode("ascii")
@@ -63,8 +65,8 @@ class CallExchange(Exchange):
                 message = f"the body exceeds {MAX_READ_AHEAD} bytes."
                 raise RefusedError(Refused(413, message))
         self._sent = len(whole)
-        self._asked = self._allowed_model(bytes(whole))
-        return upstream_request(self._admitted, method, head.headers, bytes(whole))
+        self._asked, checked = self._check(bytes(whole))
+        return upstream_request(self._admitted, method, head.headers, checked)
 
     @property
     def _model_matters(self) -> bool:
@@ -75,50 +77,58 @@ class CallExchange(Exchange):
             self._sent += len(chunk)
             yield chunk
 
-    def _allowed_model(self, body: bytes) -> str:
+    def _check(self, body: bytes) -> tuple[str, bytes]:
         try:
-            model = model_of(body)
+            model, body = model_of(body)
         except ValueError as error:
             raise RefusedError(Refused(400, f"the body of a model call {error}.")) from None
         refused = check_model(self._policy, model)
         if refused is not None:
             raise RefusedError(refused)
-        return model
+        return model, body
 
     def head(self, answer: httpx.Response) -> list[Header] | Answer:
-        key = self._admitted.key
+        secrets = self._admitted.secrets
         kind = answer.headers.get("content-type", "")
         self._meter = Meter(kind)
         self._streams = kind.lower().startswith("text/event-stream")
         # An error may quote the key that it did not like.
-        self._mask = KeyMask(key if answer.status_code >= 400 else None)
-        return answer_headers(answer.headers.raw, key)
+        self._mask = KeyMask(*(secrets if answer.status_code >= 400 else ()))
+        headers = answer_headers(answer.headers.raw, *secrets)
+        if self._streams:  # it may end early
+            headers = [(name, value) for name, value in headers if name != b"content-length"]
+        return headers
 
     def feed(self, chunk: bytes) -> bytes:
         self._meter.feed(chunk)
         if self._tab is not None and self._streams and self._policy.budget.limited:
             tokens = self._meter.so_far
             self._tab.tokens = tokens.counted
-            self._tab.cost = self._policy.prices.cost(self._model, tokens) or 0.0
-            if (reason := self._policy.budget.exceeded) is not None and (cut := _cut(chunk)) is not None:
-                self.stopped = True
-                return chunk[:cut] + error_event(self._admitted.endpoint, reason, BUDGET)
+            self._tab.cost = self._cost(tokens) or 0.0
+            if (reason := self._policy.budget.exceeded) is not None:
+                cut = _cut(self._before, chunk)
+                if cut is not None:
+                    self.stopped = True
+                    return chunk[:cut] + error_event(self._admitted.endpoint, reason, BUDGET)
+            self._before = (self._before + chunk)[-3:] if len(chunk) < 3 else chunk[-3:]
         return self._mask.feed(chunk)
 
     def finish(self) -> bytes:
         return self._mask.finish()
 
-    @property
-    def _model(self) -> str | None:
-        return self._meter.model or self._asked
+    def _cost(self, tokens: Tokens) -> float | None:
+        """By the model that answers; by the one that was asked for when nobody knows the price of that."""
+        cost = self._policy.prices.cost(self._meter.model, tokens)
+        return self._policy.prices.cost(self._asked, tokens) if cost is None else cost
 
     def ended(self, status: int, *, complete: bool, seconds: float) -> None:
         if self._tab is None:
             return
         self._meter.finish()
-        began = 200 <= status < 300
-        tokens = self._meter.total(self._sent if began else 0)
-        cost = self._policy.prices.cost(self._model, tokens)
+        # Vendors charge for a call although nobody waited for its answer.
+        charged = 200 <= status < 300 or status == CLIENT_GONE
+        tokens = self._meter.total(self._sent if charged else 0)
+        cost = self._cost(tokens)
         self._policy.budget.close(self._tab, tokens, cost)
         self._on_call(
             ModelCall(
@@ -138,7 +148,7 @@ class CallExchange(Exchange):
         )
 
     def masked(self, text: str) -> str:
-        return masked(text.encode("utf-8", "replace"), self._admitted.key).decode("utf-8", "replace")
+        return masked(text.encode("utf-8", "replace"), *self._admitted.secrets).decode("utf-8", "replace")
 
 
 def check_budget(policy: Policy) -> Refused | None:
@@ -149,24 +159,26 @@ def check_budget(policy: Policy) -> Refused | None:
 
 def check_model(policy: Policy, model: str) -> Refused | None:
     """Whether a run may use a model: it is among the allowed ones, and its price is known where money is limited."""
+    if len(model) > MAX_MODEL_NAME:
+        return Refused(400, f"the name of the model is longer than {MAX_MODEL_NAME} characters.")
     for allowed in policy.allowed_models:
         if not any(fnmatch.fnmatchcase(model, pattern) for pattern in allowed):
             names = ", ".join(allowed) or "none"
-            return Refused(403, f"this run may not use the model '{model[:100]}'. Allowed: {names}.")
+            return Refused(403, f"this run may not use the model '{model}'. Allowed: {names}.")
     if policy.budget.in_dollars and policy.prices.of(model) is None:
         return Refused(
             403,
-            f"this run has a budget in dollars, and nobody has said what the model '{model[:100]}' costs. An "
+            f"this run has a budget in dollars, and nobody has said what the model '{model}' costs. An "
             "administrator of the server can add its price to the setting models.prices.",
         )
     return None
 
 
-def model_of(body: bytes) -> str:
-    """The `model` that a request names, whichever parser reads it. Raises ValueError; the text says why.
+def model_of(body: bytes) -> tuple[str, bytes]:
+    """The `model` that a request names, and the body to send on. Raises ValueError; the text says why.
 
-    Twice the same key, or two that differ in case only, mean one thing to one parser and another to the next, so
-    such a body is refused.
+    A field that stands there twice means one thing to one parser and another to the next. So what goes on is what was
+    read here: the last one of each name, written once. Names that differ in case only are refused.
     """
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
@@ -174,34 +186,19 @@ def model_of(body: bytes) -> str:
         raise ValueError("is no JSON object") from None
     if [name for name in fields if name.casefold() == "model"] != ["model"]:
         raise ValueError("does not name its model, or names several")
-    # A body as programs write it has nothing but its fields, and so no room for one that was overwritten.
-    known = 2 + sum(
-        len(json.dumps(name, ensure_ascii=False).encode()) + len(raw) + 2 for name, raw in fields.items()
-    )
-    if len(body) != known - 1:
-        _refuse_repeated(body)
     try:
-        return msgspec.json.decode(fields["model"], type=str)
+        model = msgspec.json.decode(fields["model"], type=str)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise ValueError("names a model that is no text") from None
+    return model, msgspec.json.encode(fields)
 
 
-def _refuse_repeated(body: bytes) -> None:
-    def names(pairs: list[tuple[str, Any]]) -> list[str]:
-        return [name for name, _ in pairs]
-
-    try:
-        found = json.loads(body, object_pairs_hook=names)
-    except (ValueError, RecursionError):
-        raise ValueError("is no JSON object") from None
-    if not isinstance(found, list) or len(set(found)) != len(found):
-        raise ValueError("has a field twice")
-
-
-def _cut(chunk: bytes) -> int | None:
-    """Where the last whole event of a chunk ends; None when none does."""
-    ends = [at + len(mark) for mark in (b"\n\n", b"\r\n\r\n", b"\r\r") if (at := chunk.rfind(mark)) >= 0]
-    return max(ends, default=None)
+def _cut(before: bytes, chunk: bytes) -> int | None:
+    """Where the last whole event of a chunk ends; None when none does. before: the bytes right before it."""
+    data = before + chunk
+    ends = [found + len(mark) for mark in (b"\n\n", b"\r\n\r\n", b"\r\r") if (found := data.rfind(mark)) >= 0]
+    at = max(ends, default=-1) - len(before)
+    return at if at >= 0 else None
 
 
 def refusal_body(provider: str | None, refused: Refused) -> bytes:

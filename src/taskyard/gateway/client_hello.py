@@ -38,14 +38,50 @@ class _Bytes:
         return self._at < len(self._data)
 
 
-def server_name(data: bytes) -> str | None:
-    """The server name of the ClientHello at the beginning of `data`, "" when it has none.
+class HelloReader:
+    """Fed the first bytes of a connection until a TLS client has said which server it wants.
 
-    None: more bytes are needed. Raises BadHelloError.
+    Looks at each byte once, so that a client that sends them one by one, or in records of one byte, costs no more.
     """
-    message = _message(data)
-    if message is None:
-        return None
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._at = 0  # where the next record begins
+        self._message = bytearray()  # what the records before it carried
+
+    def feed(self, data: bytes) -> str | None:
+        """The server name, "" when the client gives none; None: more bytes are needed. Raises BadHelloError."""
+        self._data += data
+        while not self._complete():
+            record = bytes(self._data[self._at : self._at + 5])
+            if record[:1] not in (b"", b"\x16") or record[1:2] not in (b"", b"\x03"):
+                raise BadHelloError("it does not begin with TLS")
+            if len(record) < 5:
+                return None
+            length = int.from_bytes(record[3:5], "big")
+            if not 0 < length <= 2**14:
+                raise BadHelloError("it does not begin with TLS")
+            if len(self._data) < self._at + 5 + length:
+                return None
+            self._message += self._data[self._at + 5 : self._at + 5 + length]
+            self._at += 5 + length
+        return _server_name(bytes(self._message[4:]))
+
+    def _complete(self) -> bool:
+        """Whether the handshake message is there; whatever records follow it: early data, for one."""
+        if not b"\x01".startswith(self._message[:1]):
+            raise BadHelloError("it does not begin with a ClientHello")
+        if len(self._message) < 4:
+            return False
+        size = int.from_bytes(self._message[1:4], "big")
+        if size > MAX_HELLO:
+            raise BadHelloError("its first message is too large")
+        if len(self._message) > 4 + size:
+            raise BadHelloError("there is something behind its first message")
+        return len(self._message) == 4 + size
+
+
+def _server_name(message: bytes) -> str:
     hello = _Bytes(message)
     hello.take(2 + 32)  # version, random
     hello.field(1)  # session
@@ -75,31 +111,3 @@ def _name(body: bytes) -> str:
         return text.decode("ascii")
     except UnicodeDecodeError:
         raise BadHelloError("the server name is not ASCII") from None
-
-
-def _message(data: bytes) -> bytes | None:
-    """The body of the first handshake message, put together from its records; None when it is not complete."""
-    message, at = b"", 0
-    while True:
-        if message[:1] not in (b"", b"\x01"):
-            raise BadHelloError("it does not begin with a ClientHello")
-        if len(message) >= 4:
-            size = int.from_bytes(message[1:4], "big")
-            if size > MAX_HELLO:
-                raise BadHelloError("its first message is too large")
-            if len(message) > 4 + size:
-                raise BadHelloError("there is something behind its first message")
-            if len(message) == 4 + size:
-                return message[4:]  # whatever records follow: early data, for one
-        record = data[at : at + 5]
-        if record[:1] not in (b"", b"\x16") or record[1:2] not in (b"", b"\x03"):
-            raise BadHelloError("it does not begin with TLS")
-        if len(record) < 5:
-            return None
-        length = int.from_bytes(record[3:5], "big")
-        if not 0 < length <= 2**14:
-            raise BadHelloError("it does not begin with TLS")
-        if len(data) < at + 5 + length:
-            return None
-        message += data[at + 5 : at + 5 + length]
-        at += 5 + length

@@ -13,7 +13,7 @@ import httpx
 import structlog
 
 from taskyard.gateway import egress, git
-from taskyard.gateway.calls import CallExchange, check_budget, refusal_body
+from taskyard.gateway.calls import CLIENT_GONE, CallExchange, check_budget, refusal_body
 from taskyard.gateway.egress import Destination, PlainExchange, Traffic
 from taskyard.gateway.exchange import Answer, Exchange, RefusedError, has_body, length
 from taskyard.gateway.models import Refused, admit, provider_of
@@ -25,7 +25,6 @@ IDLE_S = 300
 """A connection without a request for this long is closed."""
 _CHUNK = 64 * 1024
 _LINGER_S = 2
-_CLIENT_GONE = 499  # as nginx calls it
 
 log = structlog.get_logger()
 
@@ -50,6 +49,8 @@ class Connection:
         self._side = side
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         self._body_read = asyncio.Event()
+        self._within: Destination | None = None
+        """The tunnel that is read as HTTP."""
 
     async def run(self) -> None:
         while (head := await self._head()) is not None:
@@ -57,6 +58,10 @@ class Connection:
             try:
                 decision = await self._decide(head, method, target)
                 if isinstance(decision, Destination):
+                    # Port 80 is for HTTP, and the header Host could name any other site of the same content network.
+                    if self._side.policy.network.level == "listed" and decision.port == 80:
+                        await self._enter(decision)
+                        continue
                     await self._tunnel(decision, method, target)
                     return
                 if isinstance(decision, Exchange):
@@ -74,6 +79,12 @@ class Connection:
     async def _decide(self, head: h11.Request, method: str, target: str) -> Exchange | Destination | Refused:
         side, policy = self._side, self._side.policy
         decision: Exchange | Refused
+        if self._within is not None:
+            if spent := side.traffic.exceeded:
+                return Refused(403, spent)
+            if not target.startswith("/"):
+                return Refused(400, "a tunnel to port 80 takes requests for paths of its host.")
+            return PlainExchange(self._within, target, side.traffic)
         if method == "CONNECT" or not target.startswith("/"):
             if spent := side.traffic.exceeded:
                 return Refused(403, spent)
@@ -85,6 +96,8 @@ class Connection:
             decision = PlainExchange(*found, side.traffic)
         elif target.startswith(git.PREFIX):
             asked = git.admit(policy.git, method, target)
+            if isinstance(asked, git.Elsewhere):
+                return git.GitRedirect(asked)
             decision = asked if isinstance(asked, Refused) else git.GitExchange(asked)
         else:
             admitted = admit(policy.models, method, target)
@@ -145,6 +158,7 @@ class Connection:
         headers = [
             (b"content-type", answer.content_type.encode("ascii")),
             (b"content-length", str(len(answer.body)).encode()),
+            *answer.headers,
             *headers,
         ]
         await self._send(h11.Response(status_code=answer.status, headers=headers))
@@ -167,6 +181,15 @@ class Connection:
             await self._writer.drain()
 
     # --- tunnels ---
+
+    async def _enter(self, destination: Destination) -> None:
+        """Open a tunnel whose requests are read, and relayed one by one."""
+        await self._send(h11.Response(status_code=200, headers=[], reason=b"Connection established"))
+        first = self._http.trailing_data[0]
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+        self._within = destination
+        if first:
+            self._http.receive_data(first)
 
     async def _tunnel(self, destination: Destination, method: str, target: str) -> None:
         outside = await egress.open_tunnel(destination)
@@ -218,7 +241,7 @@ class Connection:
                 await asyncio.get_running_loop().create_future()  # until cancelled
 
     async def _exchange(self, head: h11.Request, exchange: Exchange) -> None:
-        started, status, complete = time.monotonic(), _CLIENT_GONE, False
+        started, status, complete = time.monotonic(), CLIENT_GONE, False
         method, target = head.method.decode("ascii"), head.target.decode("ascii")
         try:
             answer = await self._ask(head, exchange)

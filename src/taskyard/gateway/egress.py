@@ -12,7 +12,7 @@ import httpx
 
 from taskyard.gateway import addresses
 from taskyard.gateway.addresses import RefusedAddressError, UnreachableError
-from taskyard.gateway.client_hello import MAX_HELLO, BadHelloError, server_name
+from taskyard.gateway.client_hello import MAX_HELLO, BadHelloError, HelloReader
 from taskyard.gateway.exchange import Answer, Exchange
 from taskyard.gateway.headers import NOT_DOWN, NOT_UP, Header, framing, passed
 from taskyard.gateway.hosts import Address, BadHostError, Host, parse_authority, parse_host
@@ -130,15 +130,19 @@ async def check_hello(
     With a list of hosts, the name has to be the one that the tunnel was opened for: another one could be any site of
     the same content network.
     """
+    hello, seen = HelloReader(), bytearray(first)
     try:
         async with asyncio.timeout(HELLO_S):
-            while (name := server_name(first)) is None:
+            name = hello.feed(first)
+            while name is None:
                 data = await reader.read(_CHUNK)
+                seen += data
                 if not data:
-                    return first, None  # it has said nothing that a server would answer
-                first += data
-                if len(first) > 2 * MAX_HELLO:
-                    return first, "its first message is too large"
+                    return bytes(seen), None  # it has said nothing that a server would answer
+                if len(seen) > 8 * MAX_HELLO:
+                    return b"", "its first message is too large"
+                name = hello.feed(data)
+        first = bytes(seen)
         # A client that connects to an address sends no name (RFC 6066 §3).
         if name == "" and destination.host.address is not None:
             return first, None
@@ -219,6 +223,8 @@ class PlainExchange(Exchange):
         self._traffic = traffic
 
     async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+        # Heads carry as much as bodies do, for who wants it.
+        self._count(len(self._target) + sum(len(name) + len(value) for name, value in head.headers))
         host, port = self._destination.host.bracketed, self._destination.port
         # The host of the URL, whatever the header says (RFC 9112 §3.2.2).
         shown = host if port == 80 else f"{host}:{port}"
@@ -236,14 +242,17 @@ class PlainExchange(Exchange):
 
     async def _counted(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for chunk in body:
-            self._traffic.add(len(chunk))
+            self._count(len(chunk))
             yield chunk
 
     def head(self, answer: httpx.Response) -> list[Header] | Answer:
         return passed(answer.headers.raw, NOT_DOWN)
 
     def feed(self, chunk: bytes) -> bytes:
-        self._traffic.add(len(chunk))
+        self._count(len(chunk))
+        return chunk
+
+    def _count(self, size: int) -> None:
+        self._traffic.add(size)
         if self._traffic.exceeded:
             raise ConnectionAbortedError
-        return chunk

@@ -30,6 +30,7 @@ class Answer:
     content_type: str
     refused: Refused | None = None
     """When it says no: what is told of it."""
+    headers: tuple[Header, ...] = ()
 
 
 class Exchange(ABC):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import h11
 import httpx
 
+from taskyard.errors import TaskyardError
 from taskyard.gateway.exchange import Answer, Exchange, RefusedError, pieces
 from taskyard.gateway.headers import NOT_DOWN, NOT_UP, Header, framing, passed
 from taskyard.gateway.models import Refused
@@ -36,11 +37,25 @@ class GitRequest:
     """It carries the push itself."""
 
 
-def admit(repositories: Sequence[GitRepository], method: str, target: str) -> GitRequest | Refused:
+@dataclass(frozen=True)
+class Elsewhere:
+    """A request that is meant for another place, where git is sent to."""
+
+    url: str
+
+
+def admit(
+    repositories: Sequence[GitRepository], method: str, target: str
+) -> GitRequest | Elsewhere | Refused:
     """Decide about one origin-form request below PREFIX by its head."""
-    match = re.fullmatch(r"/git/([a-z0-9._-]+/[a-z0-9._-]+?)(?:\.git)?/(.*)", target, re.IGNORECASE)
-    name, rest = (match[1].lower(), match[2]) if match else ("", "")
-    found = next((one for one in repositories if one.name == name), None)
+    match = re.fullmatch(r"/git/([a-z0-9._-]+/[a-z0-9._-]+)/(.*)", target, re.IGNORECASE)
+    name, rest = (match[1], match[2]) if match else ("", "")
+    found = next((one for one in repositories if name.lower().removesuffix(".git") == one.name), None)
+    begun = next((one for one in repositories if name.lower().startswith(one.name)), None)
+    if found is None and begun is not None and method == "GET" and rest.startswith("info/refs?service=git-"):
+        # git replaces the beginning of an address (see git_variables), so a neighbour whose name begins like this
+        # repository's comes here, too. git follows, and the network's rules decide.
+        return Elsewhere(f"{begun.url.removesuffix('.git')}{name[len(begun.name) :]}/{rest}")
     if found is None:
         known = ", ".join(one.name for one in repositories)
         return Refused(403, "this is none of the run's repositories" + (f" ({known})." if known else "."))
@@ -55,6 +70,21 @@ def admit(repositories: Sequence[GitRepository], method: str, target: str) -> Gi
     if method != wanted:
         return Refused(405, f"this takes {wanted}, not {method}.", (wanted,))
     return GitRequest(found, rest, pushes=rest == "git-receive-pack")
+
+
+class GitRedirect(Exchange):
+    """Sends git elsewhere."""
+
+    name = upstream = "another repository"
+
+    def __init__(self, elsewhere: Elsewhere) -> None:
+        self._location = elsewhere.url
+
+    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+        return Answer(302, b"", "text/plain", headers=((b"location", self._location.encode("ascii")),))
+
+    def head(self, answer: httpx.Response) -> list[Header] | Answer:
+        raise AssertionError("nothing was asked")
 
 
 class GitExchange(Exchange):
@@ -96,7 +126,13 @@ class GitExchange(Exchange):
 
     async def _token(self) -> str | None:
         credentials = self._asked.repository.credentials
-        return None if credentials is None else await credentials()
+        try:
+            return None if credentials is None else await credentials()
+        except TaskyardError as error:
+            reason = (
+                "the token of this repository cannot be read on this server; an administrator has to look."
+            )
+            raise RefusedError(Refused(502, reason)) from error
 
     async def _check_push(self, body: AsyncIterator[bytes] | None) -> AsyncIterator[bytes] | Answer:
         """The body again, when the refs that it changes are the run's own; else the answer."""
@@ -112,7 +148,10 @@ class GitExchange(Exchange):
             raise RefusedError(Refused(400, "the push ends before its commands do."))
         reason = self._problem(reader.updates)
         if reason is None:
-            return _joined(reader.seen, rest)
+            if (on_push := self._asked.repository.on_push) is not None:
+                for update in reader.updates:
+                    on_push(update.commit)
+            return _joined(bytes(reader.seen), rest)
         refused = Refused(403, f"{reason}.")
         told = report(reader, reason)
         if told is None:
@@ -133,7 +172,9 @@ class GitExchange(Exchange):
 
     def head(self, answer: httpx.Response) -> list[Header] | Answer:
         if answer.status_code == 200:
-            return passed(answer.headers.raw, _NOT_DOWN)
+            if answer.headers.get("content-type", "").startswith("application/x-git-"):
+                return passed(answer.headers.raw, _NOT_DOWN)
+            return text_answer(502, f"{self._asked.repository.name} is not served by git's smart HTTP.")
         # No word of the server's: it may quote the token, and git would follow a redirect without it.
         if answer.is_redirect:
             said = "has moved: register its new address"

@@ -115,8 +115,8 @@ class HostRules:
         table[host.text] = None if ports is None or known is None else known | set(ports)
         return True
 
-    def __bool__(self) -> bool:
-        return bool(self._exact or self._below)
+    def __len__(self) -> int:
+        return len(self._exact) + len(self._below)
 
     def allow(self, host: Host, port: int) -> bool:
         if _has(self._exact, host.text, port):

@@ -100,6 +100,15 @@ class ModelRoute:
                 "TASKYARD_MODELS__<API>__VERSION or __QUERY."
             )
 
+    @property
+    def secret_headers(self) -> tuple[str, ...]:
+        """Values of `headers` that look like credentials by their name."""
+        return tuple(
+            value
+            for name, value in self.headers.items()
+            if len(value) >= 8 and re.search(r"(?i)auth|key|token|secret", name)
+        )
+
     def key(self) -> str | None:
         """The key right now. Raises SetupError."""
         key = self.api_key() if callable(self.api_key) else self.api_key
@@ -141,6 +150,11 @@ class Admitted:
     """It uses tokens, so it is counted."""
     key: str | None = field(default=None, repr=False)
     """The key that is added."""
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no answer may show."""
+        return (() if self.key is None else (self.key,)) + self.route.secret_headers
 
 
 @dataclass(frozen=True)
@@ -224,26 +238,29 @@ def upstream_request(
     )
 
 
-def answer_headers(headers: Iterable[Header], key: str | None) -> list[Header]:
+def answer_headers(headers: Iterable[Header], *secrets: str) -> list[Header]:
     """The upstream's answer headers as the agent gets them."""
-    return [(name, masked(value, key)) for name, value in passed(headers, _NOT_DOWN)]
+    return [(name, masked(value, *secrets)) for name, value in passed(headers, _NOT_DOWN)]
 
 
-def masked(data: bytes, key: str | None) -> bytes:
-    """The same bytes with the key starred out, as long as before."""
-    return data.replace(key.encode("ascii"), b"*" * len(key)) if key else data
+def masked(data: bytes, *secrets: str) -> bytes:
+    """The same bytes with the secrets starred out, as long as before."""
+    for secret in secrets:
+        data = data.replace(secret.encode("ascii"), b"*" * len(secret))
+    return data
 
 
 class KeyMask:
-    """Stars the key out of a body that comes in chunks; holds back what may be its beginning."""
+    """Stars secrets out of a body that comes in chunks; holds back what may be the beginning of one."""
 
-    def __init__(self, key: str | None) -> None:
-        self._key = key
+    def __init__(self, *secrets: str) -> None:
+        self._secrets = secrets
+        self._longest = max(map(len, secrets), default=1)
         self._held = b""
 
     def feed(self, chunk: bytes) -> bytes:
-        data = masked(self._held + chunk, self._key)
-        keep = min(len(data), len(self._key or "") - 1) if self._key else 0
+        data = masked(self._held + chunk, *self._secrets)
+        keep = min(len(data), self._longest - 1)
         self._held = data[len(data) - keep :] if keep else b""
         return data[: len(data) - keep]
 

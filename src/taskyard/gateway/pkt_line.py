@@ -19,6 +19,8 @@ class BadPushError(ValueError):
 class RefUpdate:
     ref: str
     deletes: bool
+    commit: str = field(default="", compare=False)
+    """What it is to stand at."""
 
 
 @dataclass
@@ -27,7 +29,8 @@ class PushReader:
 
     updates: list[RefUpdate] = field(default_factory=list)
     capabilities: frozenset[str] = frozenset()
-    seen: bytes = b""
+    """Of all lines: git takes them from each."""
+    seen: bytearray = field(default_factory=bytearray)
     """Everything fed so far."""
     complete: bool = False
     _at: int = 0
@@ -52,14 +55,18 @@ class PushReader:
                 raise BadPushError(f"its commands exceed {MAX_COMMANDS} bytes")
             if len(self.seen) < self._at + length:
                 break
-            self._line(self.seen[self._at + 4 : self._at + length])
+            self._line(bytes(self.seen[self._at + 4 : self._at + length]))
             self._at += length
 
     def _line(self, line: bytes) -> None:
         # As git reads it: one line break at the end goes, and a NUL ends the name.
         text, nul, capabilities = line.removesuffix(b"\n").partition(b"\0")
-        if nul and not self.updates:
-            self.capabilities = frozenset(capabilities.decode("utf-8", "replace").split())
+        if nul:
+            # What comes after the commands then tells the server things that have nothing to do with refs: make this
+            # repository public (Gitea), merge this into another branch (GitLab).
+            if b"push-options" in capabilities:
+                raise BadPushError("push options are not taken here")
+            self.capabilities |= frozenset(capabilities.decode("utf-8", "replace").split())
         if text.startswith(b"shallow ") and not self.updates:
             return
         match = _COMMAND.fullmatch(text)
@@ -69,7 +76,7 @@ class PushReader:
             ref = match[3].decode("utf-8")
         except UnicodeDecodeError:
             raise BadPushError("the name of a ref is no UTF-8") from None
-        self.updates.append(RefUpdate(ref, deletes=not match[2].strip(b"0")))
+        self.updates.append(RefUpdate(ref, deletes=not match[2].strip(b"0"), commit=match[2].decode()))
 
 
 def report(reader: PushReader, message: str) -> bytes | None:

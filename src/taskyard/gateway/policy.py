@@ -40,6 +40,8 @@ class GitRepository:
     """The branches that may be pushed, nothing else; without `refs/heads/`."""
     credentials: Callable[[], Awaitable[str | None]] | None = field(default=None, repr=False)
     """Gives the token, asked for each request. It goes to `url` only."""
+    on_push: Callable[[str], None] | None = field(default=None, repr=False)
+    """Told the commit of each push that is passed on."""
 
 
 @dataclass(frozen=True)

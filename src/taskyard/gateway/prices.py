@@ -11,6 +11,8 @@ from typing import Any
 
 from taskyard.errors import SetupError
 
+MAX_MODEL_NAME = 200
+"""Characters. Longer ones are nobody's, and have no price."""
 _MILLION = 1_000_000
 _BOUNDARY = "-@:["
 _FIELDS = {"input", "output", "cache_read", "cache_write", "cache_write_1h"}
@@ -76,6 +78,8 @@ class Prices:
         Names of routers and clouds (`anthropic/claude-…`, `eu.anthropic.claude-…`) count without what is in front
         when they have no price of their own.
         """
+        if len(model) > MAX_MODEL_NAME:
+            return None
         name = model.lower()
         bare = re.sub(r"^([a-z]+\.)?(anthropic|openai)\.", "", name.rpartition("/")[2])
         for candidate in (name, bare):

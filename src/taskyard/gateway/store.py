@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from taskyard.db.engine import Database
-from taskyard.gateway.usage import UNKNOWN_MODEL, ModelCall, Usage
+from taskyard.gateway.usage import ModelCall, Usage
 
 
 async def add(database: Database, run_id: UUID, project_id: int, calls: Sequence[ModelCall]) -> None:
@@ -56,9 +56,9 @@ async def usage_of(database: Database, run_id: UUID) -> Usage:
     )
     usage = Usage()
     for row in rows:
-        model = row.pop("model") or UNKNOWN_MODEL
-        usage.models[model] = part = Usage(**row)
+        model, part = row.pop("model"), Usage(**row)
         usage.merge(part)
+        usage.add_model(model, part)
     return usage
 
 

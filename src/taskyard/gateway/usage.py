@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from taskyard.gateway.prices import Tokens
+from taskyard.gateway.prices import MAX_MODEL_NAME, Tokens
 
 MAX_EVENT = 32 * 1024 * 1024
 """Bytes of one server-sent event or one JSON answer that are looked at; a larger one goes uncounted."""
 
 UNKNOWN_MODEL = "unknown"
+OTHER_MODELS = "other"
+MAX_MODELS = 50
 _BYTES_A_TOKEN = 4
 _USUAL_CONTEXT = 200_000
 
@@ -35,11 +37,11 @@ class ModelCall:
     model: str | None
     """As the answer names it."""
     status: int
-    """HTTP status; 502 when the API could not be reached, 499 when the client left before the answer began."""
+    """HTTP status; 502 when the API could not be reached, 499 when the agent left before the answer began."""
     complete: bool
     """The answer was forwarded to its end."""
     metered: bool
-    """The answer told its usage. Else the counts are 0, or estimated for an answer that was begun (see `Meter`)."""
+    """The answer told its usage. Else the counts are 0, or estimated for a call that is charged (see `Meter`)."""
     seconds: float
     input_tokens: int = 0
     output_tokens: int = 0
@@ -63,7 +65,8 @@ class Usage:
     unpriced_calls: int = 0
     """Calls with tokens whose model has no known price; `cost` is without them."""
     models: dict[str, Usage] = field(default_factory=dict)
-    """The same per model; a call whose answer names none counts under `unknown`."""
+    """The same per model: `unknown` for answers that name none, `other` beyond MAX_MODELS, since some upstreams take
+    any name from an agent and give it back."""
 
     def add(self, call: ModelCall) -> None:
         counted = (
@@ -74,7 +77,14 @@ class Usage:
             call.cost or 0.0, 1 if call.cost is None and counted else 0,
         )  # fmt: skip
         self.merge(one)
-        self.models.setdefault(call.model or UNKNOWN_MODEL, Usage()).merge(one)
+        self.add_model(call.model, one)
+
+    def add_model(self, model: str | None, part: Usage) -> None:
+        """Add sums to those of one model; the sums of all are left alone."""
+        name = (model or UNKNOWN_MODEL)[:MAX_MODEL_NAME]
+        if name not in self.models and len(self.models) >= MAX_MODELS:
+            name = OTHER_MODELS
+        self.models.setdefault(name, Usage()).merge(part)
 
     def merge(self, other: Usage) -> None:
         """Add the sums of others, not their models."""

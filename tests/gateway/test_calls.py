@@ -1,0 +1,241 @@
+"""Which models may be called, whichever way a request names them, and with which key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskyard.drive.traffic import routes
+from taskyard.gateway.budget import Budget
+from taskyard.gateway.calls import model_of
+from taskyard.gateway.models import ModelRoute
+from taskyard.gateway.prices import Prices
+from taskyard.settings import ModelSettings, Settings, Upstream
+from tests.support.door import KEY, Door, Exchange, open_door, open_upstream
+
+MESSAGES = "/anthropic/v1/messages"
+
+
+@asynccontextmanager
+async def answering() -> AsyncIterator[tuple[str, list[Exchange]]]:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(b"{}", headers="Content-Type: application/json\r\n")
+
+    async with open_upstream(handler) as found:
+        yield found
+
+
+async def message(door: Door, body: bytes, target: str = MESSAGES) -> tuple[int, str]:
+    answer = await door.post(target, body)
+    return answer.status_code, answer.json().get("error", {}).get("message", "")
+
+
+@pytest.mark.parametrize(
+    ("model", "allowed", "passes"),
+    [
+        ("claude-a", [["claude-*"]], True),
+        ("claude-a", [["gpt-*", "claude-a"]], True),
+        ("claude-a", [["claude-*"], ["claude-a"]], True),
+        ("claude-a", [["claude-*"], ["claude-b"]], False),
+        ("claude-a", [["claude"]], False),
+        ("Claude-a", [["claude-*"]], False),
+        ("gpt", [[]], False),
+        ("gpt\nclaude-a", [["claude-*"]], False),
+        ("", [["claude-*"]], False),
+    ],
+)
+@pytest.mark.parametrize("target", [MESSAGES, "/openai/v1/responses", "/openai/v1/chat/completions"])
+async def test_allowed_models(model: str, allowed: list[list[str]], passes: bool, target: str) -> None:
+    body = json.dumps({"stream": False, "model": model}).encode()
+    async with answering() as (url, seen), open_door(url, allowed_models=allowed) as door:
+        status, said = await message(door, body, target)
+    if passes:
+        assert (status, json.loads(seen[0].body)) == (200, json.loads(body))
+        return
+    assert (status, seen) == (403, [])
+    assert f"may not use the model '{model}'. Allowed: {', '.join(allowed[-1]) or 'none'}" in said
+    assert [told.status for told in door.refusals] == [403]
+
+
+async def test_what_is_no_call_names_no_model() -> None:
+    async with answering() as (url, seen), open_door(url, allowed_models=[["claude-*"]]) as door:
+        assert (await door.post("/anthropic/v1/messages/count_tokens", b"{}")).status_code == 200
+        async with httpx.AsyncClient(base_url=door.url) as client:
+            assert (await client.get("/openai/v1/models")).status_code == 200
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b'"model"',
+        b"{}",
+        b'{"model":null}',
+        b'{"model":1}',
+        b'{"model":["claude-a"]}',
+        b'{"model":"claude-a"',
+        b'{"model":"claude-a"}{"model":"evil"}',
+        b'{"model":"claude-a"} x',
+        b'{"model":"claude-a","Model":"evil"}',
+        b'{"MODEL":"claude-a"}',
+        '{"model":"claude-a","mo\u0064el\u017f":1,"MODEL":"evil"}'.encode(),
+        b'{"model":"claude-a\xff"}',
+        b'\xef\xbb\xbf{"model":"claude-a"}',
+        '{"model":"claude-a"}'.encode("utf-16"),
+        b'{"x":' + b"[" * 100_000 + b'],"model":"claude-a"}',
+        json.dumps({"model": "claude-" + "a" * 300}).encode(),
+    ],
+    ids=range(18),
+)
+async def test_bodies_whose_model_is_not_clear(body: bytes) -> None:
+    async with answering() as (url, seen), open_door(url, allowed_models=[["claude-*"]]) as door:
+        status, said = await message(door, body)
+    assert (status, seen) == (400, [])
+    assert "the body of a model call" in said or "name of the model" in said
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"evil","model":"claude-a"}',
+        b'{"model":"evil","max_tokens":1,"mod\\u0065l":"claude-a"}',
+        b' { "mod\\u0065l" : "claude-\\u0061" } ',
+    ],
+)
+async def test_a_field_that_stands_there_twice_goes_on_once(body: bytes) -> None:
+    async with answering() as (url, seen), open_door(url, allowed_models=[["claude-*"]]) as door:
+        assert (await message(door, body))[0] == 200
+        assert (await message(door, b'{"model":"claude-a","model":"evil"}'))[0] == 403
+    [sent] = seen
+    pairs = json.loads(sent.body, object_pairs_hook=list)
+    assert [value for name, value in pairs if name == "model"] == ["claude-a"]
+    assert b"evil" not in sent.body
+    assert sent.headers["content-length"] == [str(len(sent.body))]
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text()
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+
+
+@given(st.dictionaries(st.text().filter(lambda name: name.casefold() != "model"), JSON), st.text())
+def test_the_rest_of_the_body_stays(fields: dict[str, object], model: str) -> None:
+    body = {**fields, "model": model}
+    read, sent = model_of(json.dumps(body).encode())
+    assert read == model
+    assert json.loads(sent) == body
+
+
+async def test_dollars_need_a_price() -> None:
+    prices = Prices({}).extended({"claude": {"input": 1, "output": 1}})
+    async with answering() as (url, seen), open_door(url, budget=Budget(cost=1.0), prices=prices) as door:
+        assert (await message(door, b'{"model":"claude-a"}'))[0] == 200
+        status, said = await message(door, b'{"model":"mystery"}')
+    assert (status, len(seen)) == (403, 1)
+    assert "nobody has said what the model 'mystery' costs" in said
+    assert "models.prices" in said
+
+
+async def test_a_body_that_is_read_ahead_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taskyard.gateway.calls.MAX_READ_AHEAD", 1000)
+    async with answering() as (url, seen), open_door(url, allowed_models=[["*"]]) as door:
+        status, said = await message(door, b'{"model":"a"}'.ljust(1001))
+    assert (status, seen) == (413, [])
+    assert "exceeds 1000 bytes" in said
+
+
+# --- keys ---
+
+
+async def test_a_key_in_a_file_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As programs do that fetch short-lived tokens for a cloud: the file is replaced while a run goes on."""
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    file = tmp_path / "key"
+    file.write_text("key-number-one\n")
+    async with answering() as (url, seen):
+        upstream = Upstream(base_url=url, api_key_file=file, auth="bearer")
+        settings = Settings(_env_file=None, data_dir=tmp_path, models=ModelSettings(anthropic=upstream))
+        async with open_door(routes=routes(settings)) as door:
+            assert (await message(door, b"{}"))[0] == 200
+            file.write_text("key-number-two")
+            assert (await message(door, b"{}"))[0] == 200
+            file.write_text("key with spaces")
+            assert (await message(door, b"{}"))[0] == 502
+            file.unlink()
+            status, said = await message(door, b"{}")
+            assert status == 502
+            assert (
+                said
+                == "Taskyard: the API key for anthropic cannot be read on this server; check its settings."
+            )
+            file.write_text("key-number-three")
+            assert (await message(door, b"{}"))[0] == 200
+    sent = [one.headers["authorization"] for one in seen]
+    assert sent == [[f"Bearer key-number-{word}"] for word in ("one", "two", "three")]
+    assert "key with spaces" not in str(door.refusals)
+
+
+@pytest.mark.parametrize(
+    ("auth", "header", "value"),
+    [
+        (None, "x-api-key", KEY),
+        ("bearer", "authorization", f"Bearer {KEY}"),
+        ("api-key", "api-key", KEY),
+        ("none", None, None),
+    ],
+)
+async def test_ways_to_take_a_key(auth: str | None, header: str | None, value: str | None) -> None:
+    async with answering() as (url, seen):
+        route = ModelRoute(url, KEY if header else None, auth=auth)  # type: ignore[arg-type]
+        async with (
+            open_door(routes={"anthropic": route}) as door,
+            httpx.AsyncClient(base_url=door.url) as client,
+        ):
+            inside = {"x-api-key": "inside", "authorization": "Bearer inside", "api-key": "inside"}
+            assert (await client.post(MESSAGES, content=b"{}", headers=inside)).status_code == 200
+    names = {"x-api-key", "authorization", "api-key"}
+    assert {name: seen[0].headers.get(name) for name in names & seen[0].headers.keys()} == (
+        {header: [value]} if header else {}
+    )
+
+
+async def test_paths_and_headers_of_a_cloud() -> None:
+    async with answering() as (url, seen):
+        route = ModelRoute(
+            f"{url}/openai/deployments/mine", KEY, "api-key", "", {"anthropic-version": "own", "X-Team": "7"},
+            "api-version=2025-04-01",
+        )  # fmt: skip
+        async with (
+            open_door(routes={"openai": route}) as door,
+            httpx.AsyncClient(base_url=door.url) as client,
+        ):
+            target = "/openai/v1/chat/completions?x=1"
+            answer = await client.post(target, content=b"{}", headers={"x-team": "from inside"})
+    assert answer.status_code == 200
+    assert seen[0].target == "/openai/deployments/mine/chat/completions?x=1&api-version=2025-04-01"
+    assert (seen[0].headers["x-team"], seen[0].headers["anthropic-version"]) == (["7"], ["own"])
+
+
+async def test_no_secret_comes_back_in_an_error() -> None:
+    secret = "Basic c2VjcmV0LW9mLXRoZS1wcm94eQ=="
+
+    async def handler(exchange: Exchange) -> None:
+        body = f"I got {KEY} and {secret}, team 7".encode()
+        await exchange.answer(body, 401, f"X-Echo: {KEY} {secret}\r\n")
+
+    async with open_upstream(handler) as (url, _):
+        route = ModelRoute(url, KEY, headers={"Proxy-Auth": secret, "X-Team": "7"})
+        async with open_door(routes={"anthropic": route}) as door:
+            answer = await door.post(MESSAGES, b"{}")
+    assert answer.status_code == 401
+    assert answer.text == f"I got {'*' * len(KEY)} and {'*' * len(secret)}, team 7"
+    assert answer.headers["x-echo"] == f"{'*' * len(KEY)} {'*' * len(secret)}"
+    assert secret not in repr(route)
