@@ -24,8 +24,8 @@ from taskyard.events.record import Record
 from taskyard.objects.interface import StorageError
 
 TAIL_BYTES = 256 * 1024
-READS = 4
-"""Reads at once in a process: requests must not wait for a connection behind a thousand runs."""
+KEPT_BYTES = 32 * 1024 * 1024
+"""The same for all runs of a process."""
 CLEAN_UP_S = 5.0
 """A run that has ended is looked at again after this time: its worker may have died, and tells nobody."""
 LONGEST_DELAY_S = 5.0
@@ -52,14 +52,14 @@ class Tails:
         self._record = record
         self._hub = hub
         self._tails: dict[UUID, Tail] = {}
-        self._gate = asyncio.Semaphore(READS)
+        self.kept_bytes = 0
 
     @contextmanager
     def follow(self, run_id: UUID) -> Iterator[Tail]:
         """The run's tail, for one reader."""
         tail = self._tails.get(run_id)
         if tail is None:
-            tail = self._tails[run_id] = Tail(self._record, run_id, self._gate)
+            tail = self._tails[run_id] = Tail(self, self._record, run_id)
             self._hub.call(tail.topic, tail.stir)
         tail.readers += 1
         try:
@@ -75,12 +75,12 @@ class Tails:
 class Tail:
     """One run's."""
 
-    def __init__(self, record: Record, run_id: UUID, gate: asyncio.Semaphore) -> None:
+    def __init__(self, tails: Tails, record: Record, run_id: UUID) -> None:
         self.record = record
         self.run_id = run_id
-        self.gate = gate
         self.topic = f"{EVENTS}{run_id}"
         self.readers = 0
+        self._tails = tails
         self._waiting = 0
         self._places: dict[int, Place] = {}
         self._kept: dict[int, Batch] = {}
@@ -128,8 +128,10 @@ class Tail:
         given = place.give(batch)
         if given < self.readers and not batch.over and place.number not in self._kept:
             self._kept[place.number] = batch
-            self._kept_bytes += len(batch.frames)
+            self._count(len(batch.frames))
             self._forget(TAIL_BYTES)
+            if self._tails.kept_bytes > KEPT_BYTES:
+                self._forget(0)
 
     def leave(self, place: Place) -> None:
         place.close()
@@ -139,10 +141,15 @@ class Tail:
     def close(self) -> None:
         for place in list(self._places.values()):
             self.leave(place)
+        self._forget(0)
 
     def _forget(self, down_to: int) -> None:
         while self._kept_bytes > down_to:
-            self._kept_bytes -= len(self._kept.pop(next(iter(self._kept))).frames)
+            self._count(-len(self._kept.pop(next(iter(self._kept))).frames))
+
+    def _count(self, more: int) -> None:
+        self._kept_bytes += more
+        self._tails.kept_bytes += more
 
 
 class Place:
@@ -195,8 +202,7 @@ class Place:
         while self._stale and not self._closed:
             self._stale = False
             try:
-                async with self._tail.gate:
-                    found = await self._tail.record.next(self._tail.run_id, self._read_to)
+                found = await self._tail.record.next(self._tail.run_id, self._read_to)
             except (StorageError, *AWAY) as error:
                 log.warning("cannot read a run for its streams", error=str(error).strip(), delay=delay)
                 await asyncio.sleep(delay)
