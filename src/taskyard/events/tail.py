@@ -55,21 +55,59 @@ class Tails:
         self.kept_bytes = 0
 
     @contextmanager
-    def follow(self, run_id: UUID) -> Iterator[Tail]:
-        """The run's tail, for one reader."""
+    def follow(self, run_id: UUID) -> Iterator[Reader]:
+        """A new reader of the run."""
         tail = self._tails.get(run_id)
         if tail is None:
             tail = self._tails[run_id] = Tail(self, self._record, run_id)
             self._hub.call(tail.topic, tail.stir)
         tail.readers += 1
+        reader = Reader(tail)
         try:
-            yield tail
+            yield reader
         finally:
+            reader.close()
             tail.readers -= 1
             if tail.readers == 0:
                 del self._tails[run_id]
                 self._hub.forget(tail.topic, tail.stir)
                 tail.close()
+
+
+class Reader:
+    """One who follows a run. Its clock goes on from entry to entry: to set one for each wait costs too much."""
+
+    def __init__(self, tail: Tail) -> None:
+        self._tail = tail
+        self._waiter: Waiter | None = None
+        self._give_up_at = 0.0
+        self._clock: asyncio.TimerHandle | None = None
+
+    async def next(self, after: int, patience_s: float) -> Batch | None:
+        """What follows the number `after`; None when that was nothing for so many seconds."""
+        kept = self._tail.kept(after)
+        if kept is not None:
+            return kept
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        self._give_up_at = loop.time() + patience_s
+        if self._clock is None:
+            self._clock = loop.call_at(self._give_up_at, self._look_at_clock)
+        return await self._tail.wait(after, self._waiter)
+
+    def close(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+
+    def _look_at_clock(self) -> None:
+        self._clock = None
+        if self._waiter is None or self._waiter.done():
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._give_up_at:
+            self._clock = loop.call_at(self._give_up_at, self._look_at_clock)
+        else:
+            self._waiter.set_result(None)
 
 
 class Tail:
@@ -87,18 +125,16 @@ class Tail:
         """By the number that they follow, oldest first."""
         self._kept_bytes = 0
 
-    async def next(self, after: int, patience_s: float) -> Batch | None:
-        """What follows the number `after`; None when that was nothing for so many seconds."""
-        kept = self._kept.get(after)
-        if kept is not None:
-            return kept
+    def kept(self, after: int) -> Batch | None:
+        """What follows the number `after`, if it is at hand."""
+        return self._kept.get(after)
+
+    async def wait(self, after: int, waiter: Waiter) -> Batch | None:
+        """What follows the number `after`, or what somebody else sets as the waiter's result."""
         place = self._places.get(after)
         if place is None:
             place = self._places[after] = Place(self, after)
             place.look()
-        loop = asyncio.get_running_loop()
-        waiter: Waiter = loop.create_future()
-        timer = loop.call_later(patience_s, _give_up, waiter)
         place.waiters.add(waiter)
         self._waiting += 1
         if self._waiting == self.readers:
@@ -112,7 +148,6 @@ class Tail:
         finally:
             place.waiters.discard(waiter)
             self._waiting -= 1
-            timer.cancel()
 
     def stir(self) -> None:
         """Something may have changed."""
@@ -217,8 +252,3 @@ class Place:
                 if self._timer is not None:
                     self._timer.cancel()
                 self._timer = asyncio.get_running_loop().call_later(CLEAN_UP_S, self.look)
-
-
-def _give_up(waiter: Waiter) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
