@@ -18,15 +18,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
 
 from bench.server import Server, _pss, running_server
 from bench.streams import Site, running_site
+from tests.support import s3_keeper
 
 Json = dict[str, Any]
 AT_ONCE = 6
@@ -221,8 +224,15 @@ async def kills(count: int) -> list[float]:
     """Times from the SIGKILL of a worker in the middle of a turn to the next word of that turn."""
     times = []
     async with running_site(1) as site:
-        with tempfile.TemporaryDirectory(prefix="taskyard-bench-") as folder:
-            workers = {name: _worker(site, Path(folder), name) for name in ("one", "two")}
+        with (
+            tempfile.TemporaryDirectory(prefix="taskyard-bench-") as folder,
+            _storage(Path(folder)) as storage,
+        ):
+
+            def worker(name: str) -> subprocess.Popen[bytes]:
+                return _worker(site, Path(folder), name, storage)
+
+            workers = {name: worker(name) for name in ("one", "two")}
             client = client_of(site.apis[0].url, site.key)
             try:
                 for _ in range(count):
@@ -239,7 +249,7 @@ async def kills(count: int) -> list[float]:
                     await asyncio.sleep(0.3)  # what was written before is on the stream
                     times.append(await client.hear(path, "agent_message_chunk") - killed)
                     await client.call("PATCH", path, {"status": "cancelled"})
-                    workers[name] = _worker(site, Path(folder), name)
+                    workers[name] = worker(name)
             finally:
                 await client.http.aclose()
                 for process in workers.values():
@@ -258,12 +268,40 @@ async def _driver(site: Site, path: str) -> str:
     return str(row["worker"]).partition(":")[0]
 
 
-def _worker(site: Site, folder: Path, name: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def _storage(folder: Path) -> Iterator[dict[str, str]]:
+    """An S3-compatible server, without which machines cannot take over from each other; the settings for it."""
+    server, url = s3_keeper.start(folder / "s3")
+    settings = {
+        "BUCKET": "bench",
+        "ENDPOINT_URL": url,
+        "PATH_STYLE": "true",
+        "ACCESS_KEY_ID": s3_keeper.ACCESS_KEY,
+        "SECRET_ACCESS_KEY": s3_keeper.SECRET_KEY,
+    }
+    try:
+        client: Any = boto3.client(
+            "s3",
+            endpoint_url=url,
+            region_name="us-east-1",
+            aws_access_key_id=s3_keeper.ACCESS_KEY,
+            aws_secret_access_key=s3_keeper.SECRET_KEY,
+        )
+        client.create_bucket(Bucket="bench")
+        client.close()
+        yield {f"TASKYARD_OBJECTS__S3__{name}": value for name, value in settings.items()}
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _worker(site: Site, folder: Path, name: str, storage: dict[str, str]) -> subprocess.Popen[bytes]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("TASKYARD_")}
     env |= {
         "TASKYARD_DATA_DIR": str(folder / name),
         "TASKYARD_DATABASE_URL": site.database.url,
         "TASKYARD_WORKER__NAME": name,
+        **storage,
     }
     command = [sys.executable, "-m", "taskyard.cli", "worker"]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -27,7 +27,9 @@ from taskyard.runs.workers import Worker
 log = structlog.get_logger()
 
 SWEEP_S = 5.0
-"""A run that is found lost twice, this long apart, goes back into the queue."""
+LOST_S = 3.0
+"""A run that is found lost twice, this long apart, goes back into the queue: after an outage of the database, live
+drivers renew their leases within two seconds."""
 RESTART_S = 1.0
 DRIVERS_S = 45.0
 """Drivers bring their runs to a good place in this time after the drain; as long again to clean up, once stopped."""
@@ -55,6 +57,8 @@ class Dispatcher:
                     if loop.time() >= sweep_at:
                         sweep_at = loop.time() + SWEEP_S
                         await self._sweep()
+                        if self._lost:
+                            sweep_at = loop.time() + LOST_S
                     while len(self._driving) < self._worker.capacity:
                         run_id = await queue.take(self._database, self._worker, self._limits)
                         if run_id is None:
