@@ -165,6 +165,13 @@ class TestFairness:
         order = await self.driven(yard, Limits(total=1), owner, flood)
         assert [n for n, project in enumerate(order) if project == 1] == [1, 3, 5]
 
+    async def test_a_priority_does_not_count_against_other_projects(
+        self, yard: Yard, apis: list[Api]
+    ) -> None:
+        plain = (await apis[1].start("x")).id
+        urgent = [(await apis[0].start("x", priority=100)).id for _ in range(2)]
+        assert await all_taken(yard) == [plain, *urgent]
+
     async def test_a_project_at_its_limit_leaves_its_turn_to_others(
         self, yard: Yard, apis: list[Api]
     ) -> None:
