@@ -7,8 +7,8 @@ import json
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -150,8 +150,10 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.listening = asyncio.Event()
 
-    def install_signal_handlers(self) -> None:
-        pass
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are for the whole process (`_run`): clients still hear how runs end while the worker drains."""
+        yield
 
     async def startup(self, sockets: object = None) -> None:
         try:

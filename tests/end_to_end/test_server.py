@@ -86,6 +86,9 @@ def test_a_second_signal_hands_over_at_once(tmp_path: Path) -> None:
     wait_for(lambda: "_posthog/run_started" in site.call("GET", f"{path}logs/").text, "the agent")
     site.process.send_signal(signal.SIGINT)
     wait_for(lambda: "waiting for turns to end" in site.said(), "the drain")
+    # One signal does not count twice, and clients are answered as long as anything goes on.
+    assert site.call("GET", path).json()["status"] == "in_progress"
+    assert "stopping at once" not in site.said()
     assert site.stop(signal.SIGINT) == 0
     assert "stopping at once" in site.said()
     with running_site(data) as again:
