@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +67,14 @@ def _pss(pid: int) -> float:
 
 
 @contextmanager
-def running_server(kept: Path | None = None) -> Iterator[Server]:
-    """A server on a free port, stopped at the end. Its data are in a folder of its own, or in `kept`."""
+def running_server(kept: Path | None = None, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server on a free port, stopped at the end. Its data are in a folder of its own, or in `kept`; `settings` are
+    variables of its environment."""
     with tempfile.TemporaryDirectory(prefix="taskyard-bench-") as folder:
         data_dir = kept or Path(folder) / "data"
         env = {k: v for k, v in os.environ.items() if not k.startswith("TASKYARD_")}
         env |= {"TASKYARD_DATA_DIR": str(data_dir), "TASKYARD_RATE_LIMITS__ENABLED": "false"}
+        env |= settings or {}
         started = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "taskyard.cli", "serve", "--port", "0"], env=env, stdout=subprocess.DEVNULL
@@ -88,4 +90,4 @@ def running_server(kept: Path | None = None) -> Iterator[Server]:
             yield Server(found["url"], key, data_dir, process.pid, time.monotonic() - started)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            process.wait(180)

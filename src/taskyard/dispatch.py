@@ -7,13 +7,15 @@ there, and puts back into the queue what other workers lost.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from uuid import UUID
 
 import structlog
 from procrastinate.exceptions import ConnectorException
 
+from taskyard.agents.adapters import Adapter, installed
 from taskyard.db.engine import AWAY, raise_cancelled
 from taskyard.db.hub import QUEUE
 from taskyard.drive.asleep import end_sleepers
@@ -25,17 +27,22 @@ from taskyard.runs.workers import Worker
 log = structlog.get_logger()
 
 SWEEP_S = 5.0
-"""A run that is found lost twice, this long apart, goes back into the queue."""
+LOST_S = 3.0
+"""A run that is found lost twice, this long apart, goes back into the queue: after an outage of the database, live
+drivers renew their leases within two seconds."""
 RESTART_S = 1.0
 DRIVERS_S = 45.0
 """Drivers bring their runs to a good place in this time after the drain; as long again to clean up, once stopped."""
 
 
 class Dispatcher:
-    def __init__(self, parts: Parts, worker: Worker) -> None:
+    """`agents` are all that the settings know: those that are installed later count, too."""
+
+    def __init__(self, parts: Parts, worker: Worker, agents: Collection[Adapter]) -> None:
         self._parts = parts
         self._database = parts.database
         self._worker = worker
+        self._agents = agents
         self._limits = queue.Limits.of(parts.settings)
         self._driving: set[asyncio.Task[None]] = set()
         self._lost: set[UUID] = set()
@@ -50,6 +57,8 @@ class Dispatcher:
                     if loop.time() >= sweep_at:
                         sweep_at = loop.time() + SWEEP_S
                         await self._sweep()
+                        if self._lost:
+                            sweep_at = loop.time() + LOST_S
                     while len(self._driving) < self._worker.capacity:
                         run_id = await queue.take(self._database, self._worker, self._limits)
                         if run_id is None:
@@ -95,6 +104,7 @@ class Dispatcher:
 
     async def _sweep(self) -> None:
         """What has to be done from time to time, whoever does it."""
+        self._worker = replace(self._worker, agents=await asyncio.to_thread(installed, self._agents))
         await workers.beat(self._database, self._worker)
         found = await queue.lost(self._database)
         for run_id in await queue.restore(self._database, found & self._lost):

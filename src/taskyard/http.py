@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 from uuid import UUID
@@ -29,6 +29,19 @@ async def body(request: Request[Any, Any, Any], model: type[B]) -> B:
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response[bytes]:
     """A JSON answer, encoded once."""
     return Response(encode(value), status_code=status, media_type="application/json", headers=headers)
+
+
+async def begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same chunks, the first of which is made now: what fails at once is an error answer, not half an answer."""
+    first = await anext(chunks, None)
+
+    async def all_of_them() -> AsyncIterator[bytes]:
+        if first is not None:
+            yield first
+        async for chunk in chunks:
+            yield chunk
+
+    return all_of_them()
 
 
 def path_uuid(text: str) -> UUID:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -66,6 +67,7 @@ class Stop:
 def _run(settings: Settings, main: Callable[[Stop], Awaitable[None]]) -> None:
     configure_logging(settings.log_level, settings.log_format)
     LOGS.add(server_secrets(settings))
+    allow_descriptors()
 
     async def run() -> None:
         stop = Stop()
@@ -76,6 +78,14 @@ def _run(settings: Settings, main: Callable[[Stop], Awaitable[None]]) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
+
+
+def allow_descriptors() -> None:
+    """Take as many descriptors as the system lets this user have: a live run holds nine, a stream one, and the usual
+    first limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # where "unlimited" is more than the system takes
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _serve(settings: Settings, host: str, port: int, stop: Stop, *, worker: bool = True) -> None:
@@ -142,8 +152,10 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.listening = asyncio.Event()
 
-    def install_signal_handlers(self) -> None:
-        pass
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are for the whole process (`_run`): clients still hear how runs end while the worker drains."""
+        yield
 
     async def startup(self, sockets: object = None) -> None:
         try:

@@ -14,7 +14,7 @@ import procrastinate
 import structlog
 from procrastinate.exceptions import ConnectorException
 
-from taskyard.agents.adapters import adapters
+from taskyard.agents.adapters import adapters, installed
 from taskyard.artifacts import retention
 from taskyard.automations import clock
 from taskyard.db.engine import AWAY, Database
@@ -70,8 +70,9 @@ async def running_worker(
             pools=list(dict.fromkeys(settings.worker.pools)),
             capacity=settings.worker.concurrency,
             sandboxes=[settings.sandbox.provider],
-            agents=sorted(agent.name for agent in agents.values() if agent.installed),
+            agents=installed(agents.values()),
         ),
+        agents.values(),
     )
     sweeper = Sweeper(provider, database, objects, settings.data_dir, place)
     app = engine(database.url)

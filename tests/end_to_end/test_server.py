@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,15 @@ from pathlib import Path
 import psycopg
 
 from taskyard.db.embedded import running_url
-from tests.support.site import DEADLINE_S, Site, postgres_of, running_site, running_worker_process, taskyard
+from tests.support.site import (
+    DEADLINE_S,
+    Site,
+    environment,
+    postgres_of,
+    running_site,
+    running_worker_process,
+    taskyard,
+)
 
 
 def wait_for(true: Callable[[], bool], what: str) -> None:
@@ -75,6 +86,9 @@ def test_a_second_signal_hands_over_at_once(tmp_path: Path) -> None:
     wait_for(lambda: "_posthog/run_started" in site.call("GET", f"{path}logs/").text, "the agent")
     site.process.send_signal(signal.SIGINT)
     wait_for(lambda: "waiting for turns to end" in site.said(), "the drain")
+    # One signal does not count twice, and clients are answered as long as anything goes on.
+    assert site.call("GET", path).json()["status"] == "in_progress"
+    assert "stopping at once" not in site.said()
     assert site.stop(signal.SIGINT) == 0
     assert "stopping at once" in site.said()
     with running_site(data) as again:
@@ -166,3 +180,30 @@ def test_admin_beside_a_running_server(tmp_path: Path) -> None:
     refused = taskyard(data, "admin", "create-user", "bob@example.org", "--json")
     assert refused.returncode == 1
     assert "there is a user bob@example.org already" in refused.stderr
+
+
+def test_it_takes_all_the_descriptors_it_may_have(tmp_path: Path, database_url: str) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    narrow = [
+        "prlimit",
+        f"--nofile=256:{most}",
+        "--",
+        sys.executable,
+        "-m",
+        "taskyard.cli",
+        "api",
+        "--port",
+        "0",
+    ]
+    data = tmp_path / "data"
+    process = subprocess.Popen(
+        narrow, env=environment(data, TASKYARD_DATABASE_URL=database_url), cwd=tmp_path
+    )
+    try:
+        wait_for((data / "server.json").exists, "the API")
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        [line] = [line for line in limits.splitlines() if line.startswith("Max open files")]
+        assert line.split()[3:5] == [str(most), str(most)]
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)

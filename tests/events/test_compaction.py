@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -225,6 +226,52 @@ async def test_a_crash_at_any_step_loses_nothing(
     assert await everything(record, run_id) == before
 
 
+async def test_a_run_that_cannot_be_archived_does_not_hold_up_others(
+    database: Database, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [await ended_run(database, mixed(5)) for _ in range(5)]
+    sick = set(sorted(runs)[:2])
+    tried: list[UUID] = []
+    put_file = objects.put_file
+
+    async def put(key: str, path: Path, content_type: str) -> None:
+        tried.append(UUID(key.split("/")[1]))
+        if tried[-1] in sick:
+            raise StorageError
+        await put_file(key, path, content_type)
+
+    monkeypatch.setattr(objects, "put_file", put)
+    with pytest.raises(StorageError):
+        await compaction.sweep(database, objects, SOON)
+    assert {run for run in runs if await in_table(database, run)} == sick
+    # Where nothing works any more, no more than a few are tried.
+    runs += [await ended_run(database, mixed(5)) for _ in range(6)]
+    sick = set(runs)
+    tried.clear()
+    with pytest.raises(StorageError):
+        await compaction.sweep(database, objects, SOON)
+    assert len(tried) == compaction.AWAY_AFTER
+
+
+async def test_nothing_lies_around_while_a_record_is_written(
+    database: Database, objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed cannot remove its temporary file: so that has no name."""
+    await ended_run(database, mixed(50))
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    put_file, seen = objects.put_file, []
+
+    async def put(key: str, path: Path, content_type: str) -> None:
+        seen.append((list(folder.iterdir()), len(path.read_bytes()) > 0))
+        await put_file(key, path, content_type)
+
+    monkeypatch.setattr(objects, "put_file", put)
+    assert await compaction.sweep(database, objects, SOON) == 1
+    assert seen == [([], True)]
+
+
 async def test_an_object_that_was_cut_short_is_not_trusted(
     database: Database, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +384,21 @@ async def test_old_records_are_removed(database: Database, objects: ObjectStore,
         True,
         True,
     ]
+
+
+async def test_a_record_whose_run_is_being_started_is_not_removed(
+    database: Database, objects: ObjectStore, record: Record
+) -> None:
+    run_id = await ended_run(database, mixed(5))
+    await compaction.sweep(database, objects, SOON)
+    await asyncio.sleep(0.01)
+    async with database.transaction() as connection:
+        await connection.execute(
+            "UPDATE runs SET status = 'queued', completed_at = NULL WHERE id = %(run)s", {"run": run_id}
+        )
+        assert await compaction.remove(database, 0.001) == 0
+    assert await compaction.remove(database, 0.001) == 0
+    assert await record.has_log(run_id)
 
 
 def test_blocks_keep_every_text() -> None:

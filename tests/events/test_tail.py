@@ -12,10 +12,11 @@ import pytest
 
 from taskyard.db.engine import Database
 from taskyard.db.hub import Hub
-from taskyard.events import store, stream, tail
+from taskyard.events import compaction, store, stream, tail
 from taskyard.events.entries import Entry
 from taskyard.events.record import Next, Record
 from taskyard.events.tail import TAIL_BYTES, Tails
+from taskyard.objects.interface import Content, ObjectStore
 from taskyard.runs import store as runs
 from tests.support.rows import make_run
 from tests.support.yard import DEADLINE_S, eventually
@@ -165,6 +166,70 @@ async def test_a_slow_reader_keeps_little_and_misses_nothing(
     await eventually(
         lambda: _value(one._kept_bytes), lambda n: n == 0, lambda n: f"end of {n} bytes that nobody needs"
     )
+
+
+async def test_what_all_runs_keep_is_bounded(
+    database: Database, tails: Tails, readers: list[Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "KEPT_BYTES", 100_000)
+    runs = [await make_run(database) for _ in range(8)]
+    pairs = [(Reader(tails, run_id), Reader(tails, run_id)) for run_id in runs]
+    readers += [reader for pair in pairs for reader in pair]
+    for slow, _ in pairs:
+        slow.may_read.clear()
+    for run_id, (slow, quick) in zip(runs, pairs, strict=True):
+        for n in range(3):
+            await append(database, run_id, f"{n}" + "x" * 20_000)
+            await quick.has(n + 1)
+            assert 0 <= tails.kept_bytes == sum(one._kept_bytes for one in tails._tails.values()) <= 100_000
+        assert len(slow.texts) == 1
+    assert tails.kept_bytes > 0
+    for slow, quick in pairs:
+        slow.may_read.set()
+        await slow.has(3)
+        assert slow.texts == quick.texts
+    for reader in readers:
+        await reader.leave()
+    assert tails.kept_bytes == 0
+
+
+async def test_a_storage_that_hangs_holds_up_no_live_stream(
+    database: Database, tails: Tails, record: Counting, readers: list[Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archived = [await make_run(database) for _ in range(12)]
+    for run_id in archived:
+        await append(database, run_id, "old")
+        await database.execute(
+            "UPDATE runs SET status = 'completed', completed_at = clock_timestamp() WHERE id = %(run)s",
+            run=run_id,
+        )
+    objects: ObjectStore = record._objects
+
+    async def archive() -> int:
+        return await compaction.sweep(database, objects, 0.0)
+
+    await eventually(archive, lambda n: n > 0, lambda n: f"archived run, {n}")
+    answers, asked = asyncio.Event(), asyncio.Event()
+    open_object = objects.open
+
+    async def hang(key: str, *, start: int = 0) -> Content | None:
+        asked.set()
+        await answers.wait()
+        return await open_object(key, start=start)
+
+    monkeypatch.setattr(objects, "open", hang)
+    old = [Reader(tails, run_id) for run_id in archived]
+    readers += old
+    await asyncio.wait_for(asked.wait(), DEADLINE_S)
+    run_id = await make_run(database)
+    live = Reader(tails, run_id)
+    readers.append(live)
+    await append(database, run_id, "now")
+    await live.has(1)
+    assert all(reader.texts == [] for reader in old)
+    answers.set()
+    for reader in old:
+        await reader.has(1)
 
 
 async def test_a_batch_is_bounded_by_bytes(database: Database, tails: Tails) -> None:

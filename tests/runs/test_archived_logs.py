@@ -13,7 +13,7 @@ from taskyard.events import compaction
 from taskyard.objects.service import open_store
 from taskyard.settings import ObjectSettings, Settings
 from tests.support.s3 import s3_settings
-from tests.support.yard import Json, Run, Yard, eventually, ok, open_yard
+from tests.support.yard import Json, Run, Yard, error, eventually, ok, open_yard
 
 
 def note(kind: str, second: int, **extra: Any) -> Json:
@@ -144,3 +144,24 @@ async def test_a_run_that_is_started_again_counts_on(site: Yard) -> None:
     assert (await first.log())[-1] == note("agent_message", 2, text="again")
     await archive(site, 1)
     assert await first.stream() == now
+
+
+async def test_a_lost_object_is_an_error_before_the_first_byte(
+    settings: Settings, database: Database
+) -> None:
+    async with open_yard(settings, database) as yard:
+        first, second = await two_runs(yard)
+        log_url = (await first.fetch())["log_url"]
+        await archive(yard, 1)
+        objects = await open_store(settings, database)
+        [row] = await database.fetch("SELECT key FROM archived_events")
+        await objects.delete([row["key"]])
+        await objects.close()
+        for answer in (
+            await first.api.get(first.path("logs/")),
+            await second.api.get(second.path("logs/")),
+            await first.api.get(first.path("session_logs/")),
+            await first.api.get(first.path("session_logs/"), params={"event_types": "plan"}),
+            await yard.client.get(log_url),
+        ):
+            assert "backup" in error(answer, 503, "unavailable")["detail"]

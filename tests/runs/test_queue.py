@@ -9,12 +9,13 @@ from uuid import UUID
 
 import pytest
 
+from taskyard.accounts import admin
 from taskyard.db.engine import Database
 from taskyard.jobs import enqueue_drive
 from taskyard.runs import lifecycle, queue, store, workers
 from taskyard.runs.queue import Limits
 from taskyard.runs.workers import Worker
-from tests.support.yard import Run, Yard, error, ok
+from tests.support.yard import Api, Run, Yard, error, ok
 
 NO_LIMITS = Limits()
 
@@ -99,6 +100,91 @@ class TestOrder:
         async with yard.database.transaction() as connection:
             await enqueue_drive(connection, UUID(first.id))
         assert await all_taken(yard) == [first.id, second.id]
+
+
+class TestFairness:
+    """Three projects with loads of their own: a flood, some, and few."""
+
+    @pytest.fixture
+    async def apis(self, yard: Yard) -> list[Api]:
+        made = (await admin.create_project(yard.database, "Third"))["id"]
+        await admin.add_member(yard.database, "ada@example.org", made)
+        return [yard.api(), yard.api("eve", yard.other_project), yard.api("ada", made)]
+
+    async def driven(
+        self, yard: Yard, limits: Limits, owner: dict[str, int], more: Callable[[], Awaitable[None]]
+    ) -> list[int]:
+        """Whose runs were taken, in order, until none waits: as soon as the slots are full, the oldest one ends."""
+        order: list[int] = []
+        held: list[str] = []
+        while True:
+            if (run := await taken(yard, limits=limits)) is not None:
+                order.append(owner[run])
+                held.append(run)
+                await more()
+            elif held:
+                await done(yard, held.pop(0))
+            else:
+                return order
+
+    @pytest.mark.parametrize("slots", [1, 2, 4])
+    async def test_slots_are_shared_whatever_the_loads_and_priorities(
+        self, yard: Yard, apis: list[Api], slots: int
+    ) -> None:
+        owner: dict[str, int] = {}
+
+        async def add(project: int, **body: Any) -> None:
+            owner[(await apis[project].start("x", **body)).id] = project
+
+        for _ in range(12):
+            await add(0, priority=100)
+        for n in range(5):
+            await add(1, priority=-n)
+        for _ in range(3):
+            await add(2, priority=-100)
+        order = await self.driven(yard, Limits(total=slots), owner, nothing)
+        # As long as all three have something waiting, each three in a row are of all three.
+        assert [sorted(order[n : n + 3]) for n in (0, 3, 6)] == [[0, 1, 2]] * 3
+        # Then the other two take turns, and in the end the flood has it all.
+        assert sorted(order[9:13]) == [0, 0, 1, 1]
+        assert order[13:] == [0] * 7
+
+    async def test_a_flood_that_never_ends_holds_up_nobody(self, yard: Yard, apis: list[Api]) -> None:
+        owner: dict[str, int] = {}
+        left = 20
+
+        async def flood() -> None:
+            nonlocal left
+            left -= 1
+            for _ in range(2 if left > 0 else 0):
+                owner[(await apis[0].start("x", priority=100)).id] = 0
+
+        await flood()
+        late = [(await apis[1].start("x", priority=-100)).id for _ in range(3)]
+        owner |= dict.fromkeys(late, 1)
+        order = await self.driven(yard, Limits(total=1), owner, flood)
+        assert [n for n, project in enumerate(order) if project == 1] == [1, 3, 5]
+
+    async def test_a_priority_does_not_count_against_other_projects(
+        self, yard: Yard, apis: list[Api]
+    ) -> None:
+        plain = (await apis[1].start("x")).id
+        urgent = [(await apis[0].start("x", priority=100)).id for _ in range(2)]
+        assert await all_taken(yard) == [plain, *urgent]
+
+    async def test_a_project_at_its_limit_leaves_its_turn_to_others(
+        self, yard: Yard, apis: list[Api]
+    ) -> None:
+        limits = Limits(total=4, per_project=2)
+        mine = [(await apis[0].start("x", priority=9)).id for _ in range(4)]
+        theirs = [(await apis[1].start("x")).id for _ in range(3)]
+        assert await all_taken(yard, limits=limits) == [mine[0], theirs[0], mine[1], theirs[1]]
+        await done(yard, theirs[0])
+        assert await all_taken(yard, limits=limits) == [theirs[2]]
+
+
+async def nothing() -> None:
+    pass
 
 
 class TestLimits:

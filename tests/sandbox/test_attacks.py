@@ -323,14 +323,16 @@ try:
         children += 1
 except BlockingIOError:
     pass
-print(children, *resource.getrlimit(resource.RLIMIT_FSIZE), *resource.getrlimit(resource.RLIMIT_AS))
+limits = (resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_NOFILE)
+print(children, *(size for limit in limits for size in resource.getrlimit(limit)))
 """
     if os.geteuid() != 0 and resource.getrlimit(resource.RLIMIT_NPROC)[1] == resource.RLIM_INFINITY:
         pytest.skip("the count of processes of this user is not limited")
     done = await run(sandbox, "python3", "-c", code)
     children, *sizes = (int(word) for word in done.output.split())
     assert 10 < children <= 40
-    assert sizes == [16 * 1024**3, 16 * 1024**3, -1, -1]
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65_536)
+    assert sizes == [16 * 1024**3, 16 * 1024**3, -1, -1, most, most]
     problem = next(found for found in await hut.provider.check() if found.name == "sandbox limits")
     assert (problem.ok, problem.fatal) == (False, False)
     assert "Delegate=" in problem.remedy

@@ -147,6 +147,11 @@ class Adapter:
         return tuple(dict.fromkeys((self.modes.get(name, name), name))) if name else ()
 
 
+def installed(known: Iterable[Adapter]) -> list[str]:
+    """The names of those that could start on this machine at this moment."""
+    return sorted(adapter.name for adapter in known if adapter.installed)
+
+
 class AgentNotInstalledError(SetupError):
     """The agent's program is not installed."""
 

@@ -128,8 +128,9 @@ async def swap(
 async def remove_old(connection: Connection, keep_s: float) -> int:
     """Forget archived records that were not written to for so long, and have no younger run beside them; how many.
 
-    At most PAGE. Like artifacts, a record is kept while any run of its task goes on or was changed in that time: it
-    may be resumed, and then shows the logs of those before it.
+    At most PAGE. Whoever starts a run locks its row, so none is removed that begins again. Like artifacts, a record is
+    kept while any run of its task goes on or was changed in that time: it may be resumed, and then shows the logs of
+    those before it.
     """
     rows = await (
         await connection.execute(
@@ -140,7 +141,7 @@ async def remove_old(connection: Connection, keep_s: float) -> int:
             + ENDED
             + ""
             " OR o.updated_at > clock_timestamp() - make_interval(secs => %(after)s)))"
-            " ORDER BY a.last_ms LIMIT %(page)s FOR UPDATE OF a SKIP LOCKED),"
+            " ORDER BY a.last_ms LIMIT %(page)s FOR UPDATE OF a, r SKIP LOCKED),"
             " rest AS (DELETE FROM events e USING old WHERE e.run_id = old.run_id),"
             " gone AS (DELETE FROM archived_events a USING old WHERE a.run_id = old.run_id)"
             " SELECT key FROM old",

@@ -34,6 +34,7 @@ log = structlog.get_logger()
 WHEN = "5,15,25,35,45,55 * * * *"
 FOLDER = "logs"
 CONTENT_TYPE = "application/gzip"
+AWAY_AFTER = 3
 
 
 def register(app: procrastinate.App, database: Database, objects: ObjectStore, settings: LogSettings) -> None:
@@ -54,22 +55,32 @@ def register(app: procrastinate.App, database: Database, objects: ObjectStore, s
 async def sweep(database: Database, objects: ObjectStore, after_s: float) -> int:
     """Archive the records of all runs that ended and were quiet for so many seconds; how many those were.
 
-    Several may do this at once. Raises StorageError, OSError.
+    Several may do this at once. A run that cannot be archived does not hold up the others, unless several in a
+    row cannot: then the storage is away. Raises StorageError, OSError.
     """
     done, above = 0, UUID(int=0)
+    in_a_row, failed = 0, None
     while True:
         rows = await archive_store.stored(database, above, after_s)
         for row in rows:
             if row["due"]:
                 try:
                     done += await move(database, objects, row["run_id"], after_s)
+                    in_a_row = 0
                 except (ArchiveLostError, MismatchError):
                     log.exception("cannot archive the log of a run", run=str(row["run_id"]))
+                except StorageError as error:
+                    log.warning("cannot archive the log of a run", run=str(row["run_id"]), error=str(error))
+                    in_a_row, failed = in_a_row + 1, error
+                    if in_a_row == AWAY_AFTER:
+                        raise
         if len(rows) < archive_store.PAGE:
             break
         above = rows[-1]["run_id"]
     if done:
         log.info("archived logs", count=done)
+    if failed is not None:
+        raise failed
     return done
 
 
@@ -96,7 +107,7 @@ async def move(database: Database, objects: ObjectStore, run_id: UUID, after_s: 
         old = None if row["archived"] is None else msgspec.convert(row["archived"], Archived)
         key = f"{FOLDER}/{run_id}/{row['last_seq']}-{secrets.token_hex(8)}"
         await archive_store.expect(connection, row["task_id"], key)
-    with tempfile.NamedTemporaryFile(prefix="taskyard-log-") as file:
+    with tempfile.TemporaryFile() as file:  # without a name: nothing is left of it, however this process ends
         writing = _Writing(file, key, old)
         if old is not None:
             await writing.copy(objects)
@@ -105,7 +116,7 @@ async def move(database: Database, objects: ObjectStore, run_id: UUID, after_s: 
         if writing.count == 0:  # another worker was faster
             return False
         await asyncio.to_thread(file.flush)
-        await objects.put_file(key, Path(file.name), CONTENT_TYPE)
+        await objects.put_file(key, Path(f"/proc/self/fd/{file.fileno()}"), CONTENT_TYPE)
     stored = await objects.head(key)
     if stored is None or stored.size != writing.size:
         raise StorageError("The object storage does not have the log that it was just given.")

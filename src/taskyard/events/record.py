@@ -19,6 +19,11 @@ from taskyard.events.entries import Filter, Shown
 from taskyard.events.store import Counts, Stored
 from taskyard.objects.interface import ObjectStore
 
+READS = 4
+"""Pages for streams at once in a process: requests must not wait for a connection behind a thousand runs."""
+BLOCKS = 4
+"""Blocks of archives for streams at once: a slow object storage holds up only those who read what it has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Next:
@@ -39,13 +44,16 @@ class Record:
     def __init__(self, database: Database, objects: ObjectStore) -> None:
         self._database = database
         self._objects = objects
+        self._reads = asyncio.Semaphore(READS)
+        self._blocks = asyncio.Semaphore(BLOCKS)
 
     async def next(self, run_id: UUID, after: int) -> Next:
         """The next entries on the stream above the number `after`: some 64 kB, or a block of the archive."""
-        page = await store.page(self._database, run_id, Shown.STREAM, after=after)
+        async with self._reads:
+            page = await store.page(self._database, run_id, Shown.STREAM, after=after)
         if page.archived is not None:
             last = page.archived.last_seq
-            async with aclosing(self._archived(page.archived, after)) as blocks:
+            async with self._blocks, aclosing(self._archived(page.archived, after)) as blocks:
                 async for block in blocks:
                     if found := [_stored(item) for item in block if item.shown & Shown.STREAM.value]:
                         return Next(found, block[-1].seq, over=False, ending=False)

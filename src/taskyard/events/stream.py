@@ -30,9 +30,9 @@ async def frames(
     An entry is `id:` and `data:`; silence is broken by keepalives, which carry no id, so that a client
     never resumes from one. The end is the end of the connection, without a last frame.
     """
-    with tails.follow(run_id) as tail:
+    with tails.follow(run_id) as reader:
         while True:
-            batch = await tail.next(after, keepalive_s)
+            batch = await reader.next(after, keepalive_s)
             if batch is None:
                 yield KEEPALIVE
                 continue

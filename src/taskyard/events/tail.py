@@ -24,8 +24,8 @@ from taskyard.events.record import Record
 from taskyard.objects.interface import StorageError
 
 TAIL_BYTES = 256 * 1024
-READS = 4
-"""Reads at once in a process: requests must not wait for a connection behind a thousand runs."""
+KEPT_BYTES = 32 * 1024 * 1024
+"""The same for all runs of a process."""
 CLEAN_UP_S = 5.0
 """A run that has ended is looked at again after this time: its worker may have died, and tells nobody."""
 LONGEST_DELAY_S = 5.0
@@ -52,19 +52,21 @@ class Tails:
         self._record = record
         self._hub = hub
         self._tails: dict[UUID, Tail] = {}
-        self._gate = asyncio.Semaphore(READS)
+        self.kept_bytes = 0
 
     @contextmanager
-    def follow(self, run_id: UUID) -> Iterator[Tail]:
-        """The run's tail, for one reader."""
+    def follow(self, run_id: UUID) -> Iterator[Reader]:
+        """A new reader of the run."""
         tail = self._tails.get(run_id)
         if tail is None:
-            tail = self._tails[run_id] = Tail(self._record, run_id, self._gate)
+            tail = self._tails[run_id] = Tail(self, self._record, run_id)
             self._hub.call(tail.topic, tail.stir)
         tail.readers += 1
+        reader = Reader(tail)
         try:
-            yield tail
+            yield reader
         finally:
+            reader.close()
             tail.readers -= 1
             if tail.readers == 0:
                 del self._tails[run_id]
@@ -72,33 +74,67 @@ class Tails:
                 tail.close()
 
 
+class Reader:
+    """One who follows a run. Its clock goes on from entry to entry: to set one for each wait costs too much."""
+
+    def __init__(self, tail: Tail) -> None:
+        self._tail = tail
+        self._waiter: Waiter | None = None
+        self._give_up_at = 0.0
+        self._clock: asyncio.TimerHandle | None = None
+
+    async def next(self, after: int, patience_s: float) -> Batch | None:
+        """What follows the number `after`; None when that was nothing for so many seconds."""
+        kept = self._tail.kept(after)
+        if kept is not None:
+            return kept
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        self._give_up_at = loop.time() + patience_s
+        if self._clock is None:
+            self._clock = loop.call_at(self._give_up_at, self._look_at_clock)
+        return await self._tail.wait(after, self._waiter)
+
+    def close(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+
+    def _look_at_clock(self) -> None:
+        self._clock = None
+        if self._waiter is None or self._waiter.done():
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._give_up_at:
+            self._clock = loop.call_at(self._give_up_at, self._look_at_clock)
+        else:
+            self._waiter.set_result(None)
+
+
 class Tail:
     """One run's."""
 
-    def __init__(self, record: Record, run_id: UUID, gate: asyncio.Semaphore) -> None:
+    def __init__(self, tails: Tails, record: Record, run_id: UUID) -> None:
         self.record = record
         self.run_id = run_id
-        self.gate = gate
         self.topic = f"{EVENTS}{run_id}"
         self.readers = 0
+        self._tails = tails
         self._waiting = 0
         self._places: dict[int, Place] = {}
         self._kept: dict[int, Batch] = {}
         """By the number that they follow, oldest first."""
         self._kept_bytes = 0
 
-    async def next(self, after: int, patience_s: float) -> Batch | None:
-        """What follows the number `after`; None when that was nothing for so many seconds."""
-        kept = self._kept.get(after)
-        if kept is not None:
-            return kept
+    def kept(self, after: int) -> Batch | None:
+        """What follows the number `after`, if it is at hand."""
+        return self._kept.get(after)
+
+    async def wait(self, after: int, waiter: Waiter) -> Batch | None:
+        """What follows the number `after`, or what somebody else sets as the waiter's result."""
         place = self._places.get(after)
         if place is None:
             place = self._places[after] = Place(self, after)
             place.look()
-        loop = asyncio.get_running_loop()
-        waiter: Waiter = loop.create_future()
-        timer = loop.call_later(patience_s, _give_up, waiter)
         place.waiters.add(waiter)
         self._waiting += 1
         if self._waiting == self.readers:
@@ -112,7 +148,6 @@ class Tail:
         finally:
             place.waiters.discard(waiter)
             self._waiting -= 1
-            timer.cancel()
 
     def stir(self) -> None:
         """Something may have changed."""
@@ -128,8 +163,10 @@ class Tail:
         given = place.give(batch)
         if given < self.readers and not batch.over and place.number not in self._kept:
             self._kept[place.number] = batch
-            self._kept_bytes += len(batch.frames)
+            self._count(len(batch.frames))
             self._forget(TAIL_BYTES)
+            if self._tails.kept_bytes > KEPT_BYTES:
+                self._forget(0)
 
     def leave(self, place: Place) -> None:
         place.close()
@@ -139,10 +176,15 @@ class Tail:
     def close(self) -> None:
         for place in list(self._places.values()):
             self.leave(place)
+        self._forget(0)
 
     def _forget(self, down_to: int) -> None:
         while self._kept_bytes > down_to:
-            self._kept_bytes -= len(self._kept.pop(next(iter(self._kept))).frames)
+            self._count(-len(self._kept.pop(next(iter(self._kept))).frames))
+
+    def _count(self, more: int) -> None:
+        self._kept_bytes += more
+        self._tails.kept_bytes += more
 
 
 class Place:
@@ -195,8 +237,7 @@ class Place:
         while self._stale and not self._closed:
             self._stale = False
             try:
-                async with self._tail.gate:
-                    found = await self._tail.record.next(self._tail.run_id, self._read_to)
+                found = await self._tail.record.next(self._tail.run_id, self._read_to)
             except (StorageError, *AWAY) as error:
                 log.warning("cannot read a run for its streams", error=str(error).strip(), delay=delay)
                 await asyncio.sleep(delay)
@@ -211,8 +252,3 @@ class Place:
                 if self._timer is not None:
                     self._timer.cancel()
                 self._timer = asyncio.get_running_loop().call_later(CLEAN_UP_S, self.look)
-
-
-def _give_up(waiter: Waiter) -> None:
-    if not waiter.done():
-        waiter.set_result(None)

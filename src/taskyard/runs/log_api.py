@@ -16,7 +16,7 @@ from taskyard.events import entries, log, stream
 from taskyard.events import store as events
 from taskyard.events.entries import Shown
 from taskyard.events.ingest import RefusedError, Upload
-from taskyard.http import answer, body, log_urls, path_uuid
+from taskyard.http import answer, begun, body, log_urls, path_uuid
 from taskyard.runs import log_query, store, tokens
 from taskyard.runs.api import find
 from taskyard.runs.schemas import AppendLog, RelayMessage
@@ -55,7 +55,7 @@ class RunLogController(Controller):
         began = time.perf_counter()
         row = await find(request, task_id, run_id)
         state = request.app.state
-        lines = log.lines(state.record, await store.chain(state.database, row))
+        lines = await begun(log.lines(state.record, await store.chain(state.database, row)))
         headers = LOG_HEADERS | timing("lookup", began)
         return Stream(lines, media_type="application/jsonl", headers=headers)
 
@@ -67,8 +67,10 @@ class RunLogController(Controller):
         row = await find(request, task_id, run_id)
         record = request.app.state.record
         counts = await record.count(row["id"], query.wanted)
-        array = log.array(
-            record, row["id"], query.wanted, last=counts.last, limit=query.limit, offset=query.offset
+        array = await begun(
+            log.array(
+                record, row["id"], query.wanted, last=counts.last, limit=query.limit, offset=query.offset
+            )
         )
         headers = {
             "X-Total-Count": str(counts.total),
@@ -163,7 +165,8 @@ async def signed_log(request: Req, run_id: FromPath[str]) -> Stream:
     record = request.app.state.record
     if not await record.has_log(wanted):
         raise NotFoundError("This run has no log yet.")
-    return Stream(log.lines(record, [wanted]), media_type="application/jsonl", headers=LOG_HEADERS)
+    lines = await begun(log.lines(record, [wanted]))
+    return Stream(lines, media_type="application/jsonl", headers=LOG_HEADERS)
 
 
 def timing(name: str, began: float) -> dict[str, str]:

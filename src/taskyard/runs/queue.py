@@ -58,36 +58,48 @@ PICK: LiteralString = (
     WITH held AS MATERIALIZED (
         SELECT r.project_id, coalesce(nullif(c.slot_agent, ''), %(default_agent)s) AS agent
         FROM run_cursors c JOIN runs r ON r.id = c.run_id WHERE c.leased_until IS NOT NULL
-    ), kinds AS (
-        SELECT k.*, coalesce(nullif(k.agent, ''), %(default_agent)s) AS who,
-            (SELECT count(*) FROM held WHERE held.project_id = k.project_id) AS driven
-        FROM (SELECT DISTINCT project_id, agent, environment_id FROM run_queue) k
-            LEFT JOIN sandbox_environments e ON e.id = k.environment_id
+    ), of_project AS MATERIALIZED (
+        SELECT project_id, count(*) AS driven FROM held GROUP BY project_id
+    ), of_agent AS MATERIALIZED (
+        SELECT agent, count(*) AS driven FROM held GROUP BY agent
+    ), kinds AS MATERIALIZED (
+        SELECT k.* FROM (
+            SELECT project_id, agent, environment_id, coalesce(nullif(agent, ''), %(default_agent)s) AS who,
+                min(since) AS since
+            FROM run_queue GROUP BY project_id, agent, environment_id
+        ) k LEFT JOIN sandbox_environments e ON e.id = k.environment_id LEFT JOIN of_agent a ON a.agent = k.who
         WHERE """
     + POOL
     + """ = ANY(%(pools)s)
-    )
-    SELECT q.run_id, q.project_id, q.agent
-    FROM kinds k CROSS JOIN LATERAL (
-        SELECT q.* FROM run_queue q JOIN run_cursors c ON c.run_id = q.run_id
-        WHERE q.project_id = k.project_id AND q.agent = k.agent AND q.environment_id = k.environment_id
-            AND c.leased_until IS NULL  -- else its last driver still cleans up
-        ORDER BY """
-    + ORDER
-    + """ LIMIT 1
-    ) q LEFT JOIN queue_turns t ON t.project_id = q.project_id
-    WHERE (%(total)s::int IS NULL OR (SELECT count(*) FROM held) < %(total)s)
-        AND (%(per_project)s::int IS NULL OR k.driven < %(per_project)s)
-        AND coalesce((SELECT count(*) FROM held WHERE held.agent = k.who)
-            < coalesce((%(agents)s::jsonb ->> k.who)::int, %(per_agent)s::int), true)
-        -- An agent that is not installed here is left to those who have it; without any it is to fail with a word.
-        AND (k.who = ANY(%(installed)s) OR NOT EXISTS (
-            SELECT FROM workers w WHERE w.pools && %(pools)s AND k.who = ANY(w.agents) AND"""
+            AND coalesce(a.driven < coalesce((%(agents)s::jsonb ->> k.who)::int, %(per_agent)s::int), true)
+            -- An agent that is not installed here is left to those who have it; without any it is to fail with a word.
+            AND (k.who = ANY(%(installed)s) OR NOT EXISTS (
+                SELECT FROM workers w WHERE w.pools && %(pools)s AND k.who = ANY(w.agents) AND"""
     + LIVE
     + """))
-    ORDER BY k.driven, t.at NULLS FIRST, """
+    ), turns AS MATERIALIZED (
+        SELECT k.project_id, coalesce(p.driven, 0) AS driven, t.at, min(k.since) AS since
+        FROM kinds k LEFT JOIN of_project p USING (project_id) LEFT JOIN queue_turns t USING (project_id)
+        WHERE (%(total)s::int IS NULL OR (SELECT count(*) FROM held) < %(total)s)
+            AND coalesce(p.driven < %(per_project)s::int, true)
+        GROUP BY k.project_id, p.driven, t.at
+    )
+    SELECT q.run_id, q.project_id, q.agent
+    FROM (SELECT * FROM turns ORDER BY driven, at NULLS FIRST, since, project_id) turn CROSS JOIN LATERAL (
+        SELECT q.* FROM kinds k CROSS JOIN LATERAL (
+            SELECT q.* FROM run_queue q JOIN run_cursors c ON c.run_id = q.run_id
+            WHERE q.project_id = k.project_id AND q.agent = k.agent AND q.environment_id = k.environment_id
+                AND c.leased_until IS NULL  -- else its last driver still cleans up
+            ORDER BY """
     + ORDER
-    + " LIMIT 1"
+    + """ LIMIT 1
+        ) q WHERE k.project_id = turn.project_id ORDER BY """
+    + ORDER
+    + """ LIMIT 1
+    ) q
+    -- They are in this order already: no more projects are looked at than it takes to find one.
+    ORDER BY turn.driven, turn.at NULLS FIRST, turn.since, turn.project_id LIMIT 1
+    """
 )
 
 

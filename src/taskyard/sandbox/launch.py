@@ -20,6 +20,8 @@ from taskyard.sandbox.provider import Mount, SandboxError
 
 FILE_BYTES = 16 * 1024**3
 """The largest file that a sandbox can write. How much it writes in all is not limited here."""
+DESCRIPTORS = 65_536
+"""Of one process. The server may have far more, and programs that look through all they might have would take long."""
 
 # Arguments: control groups, then "--", then the command. "0" stands for the process that writes, which is
 # the shell itself, since its echo is built in. What cannot be limited does not start.
@@ -72,7 +74,10 @@ def command_line(
         seen = replace(scene, workspace=staged(0), home=staged(1), mounts=mounts)
         line = confined(folder.identity, paths, _bwrap(staged(2), seen, command, handed, info_fd))
     assert folder.limits is not None
-    limits = [f"--fsize={_at_most(resource.RLIMIT_FSIZE, FILE_BYTES)}"]
+    limits = [
+        f"--fsize={_at_most(resource.RLIMIT_FSIZE, FILE_BYTES)}",
+        f"--nofile={_at_most(resource.RLIMIT_NOFILE, DESCRIPTORS)}",
+    ]
     if group is None:
         pids = _at_most(resource.RLIMIT_NPROC, folder.limits.pids + _tasks_of(folder.identity))
         limits.append(f"--nproc={pids}")
