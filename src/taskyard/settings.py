@@ -43,6 +43,8 @@ class RunSettings(Area):
     """A turn without any message of the agent for this long has failed (`agent_silent`)."""
     inactivity_s: float = Field(1800, gt=0)
     """A run without work or messages for this long completes."""
+    setup_s: float = Field(600, gt=0)
+    """Limit for the set-up script of an environment."""
     start_s: float = Field(120, gt=0)
     """Limit for each step of the agent's start: spawn, handshake, session."""
     wall_clock_s: float = Field(6 * 3600, gt=0)

@@ -19,7 +19,7 @@ from taskyard.settings import ModelSettings, Settings, Upstream
 from tests.conftest import make_settings
 from tests.support.model_endpoint import INPUT_TOKENS, OUTPUT_TOKENS, Endpoint, model_endpoint
 from tests.support.repositories import heads, run_git
-from tests.support.yard import Run, Yard, eventually, of_method, open_yard, said, updates
+from tests.support.yard import Run, Yard, eventually, of_method, ok, open_yard, said, updates
 
 KEY = "sk-real-key-that-stays-outside"
 MODELS = {
@@ -151,3 +151,50 @@ async def streaming(run: Run) -> None:
     await eventually(
         run.stream_text, lambda text: "agent_message_chunk" in text, lambda text: f"chunk in {text[-500:]}"
     )
+
+
+MCP = r"""
+import json, os, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    answer = {}
+    if message.get("method") == "initialize":
+        answer = {"protocolVersion": message["params"]["protocolVersion"], "capabilities": {"tools": {}},
+                  "serverInfo": {"name": "shelf", "version": "1"}}
+    elif message.get("method") == "tools/list":
+        answer = {"tools": [{"name": "count", "description": "Counts books.",
+                             "inputSchema": {"type": "object", "properties": {"shelf": {"type": "string"}}}}]}
+    elif message.get("method") == "tools/call":
+        open("/tmp/workspace/called", "a").write(json.dumps(message["params"]["arguments"]))
+        text = "books: 41, greeting " + os.environ["GREETING"] + ", " + sys.argv[1]
+        answer = {"content": [{"type": "text", "text": text}]}
+    if "id" in message:
+        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": answer}), flush=True)
+"""
+
+
+@both
+async def test_an_environment_brings_tools(live: Yard, endpoint: Endpoint, agent: str) -> None:
+    """Its set-up script makes an MCP server, and the agent calls a tool of that."""
+    script = f"cat > $HOME/shelf.py <<'END'\n{MCP}\nEND\n"
+    server = {"name": "shelf", "command": "python3", "args": ["/home/agent/shelf.py", "for ${WHO}"],
+              "env": {"GREETING": "${HELLO}"}}  # fmt: skip
+    fields = {
+        "name": "Shelf",
+        "setup_script": script,
+        "mcp_servers": [server],
+        "environment_variables": {"HELLO": "good morning", "WHO": "everybody"},
+    }
+    made = ok(await live.api().post("sandbox_environments/", fields), 201)
+    prompt = '[[tool:mcp__shelf__count|{"shelf": "top"}]] [[text:Counted.]]'
+    run = await live.api().start(
+        prompt,
+        sandbox_environment_id=made["id"],
+        initial_permission_mode="bypassPermissions",
+        **MODELS[agent],
+    )
+    body = await run.status("completed", "failed")
+    assert body["status"] == "completed", body["error_message"]
+    assert "Counted." in said(await run.log())
+    told = json.dumps(endpoint.model_calls()[-1].body)
+    assert "books: 41, greeting good morning, for everybody" in told

@@ -15,8 +15,8 @@ from tests.support.yard import Api, Yard, error, ok, open_yard
 
 KEYS = [
     "id", "name", "network_access_level", "allowed_domains", "include_default_domains", "repositories",
-    "has_environment_variables", "private", "worker_pool", "internal", "effective_domains", "created_by", "created_at",
-    "updated_at",
+    "has_environment_variables", "private", "setup_script", "mcp_servers", "worker_pool", "internal",
+    "effective_domains", "created_by", "created_at", "updated_at",
 ]  # fmt: skip
 
 
@@ -177,7 +177,9 @@ async def test_list(yard: Yard) -> None:
     body = ok(await api.get("sandbox_environments/"))
     assert body["count"] == 2
     assert [item["name"] for item in body["results"]] == ["2", "0"]
-    left_out = {"effective_domains", "include_default_domains", "has_environment_variables"}
+    left_out = {
+        "effective_domains", "include_default_domains", "has_environment_variables", "setup_script", "mcp_servers"
+    }  # fmt: skip
     assert list(body["results"][0]) == [key for key in KEYS if key not in left_out]
     first = ok(await api.get("sandbox_environments/?limit=1"))
     assert ok(await api.get(first["next"]))["results"] == body["results"][1:]

@@ -11,7 +11,7 @@ import pytest
 
 from taskyard.db.engine import Database
 from taskyard.jobs import enqueue_drive
-from taskyard.settings import Settings
+from taskyard.settings import RunSettings, Settings
 from tests.conftest import make_settings
 from tests.support.yard import Json, Run, Yard, of_method, ok, open_yard
 
@@ -21,7 +21,7 @@ SCRIPTED = {"agent": "scripted"}
 
 @pytest.fixture
 def settings(tmp_path: Path, database_url: str) -> Settings:
-    return make_settings(tmp_path / "data", database_url)
+    return make_settings(tmp_path / "data", database_url, runs=RunSettings(setup_s=3))
 
 
 @pytest.fixture
@@ -115,3 +115,58 @@ async def test_environment_that_cannot_be_used_any_more(live: Yard, how: str) ->
     expected = "TASKYARD_SECRET_KEYS" if how == "no key" else f"{wanted} does not exist, or is private"
     assert expected in body["error_message"]
     assert "secret-secret" not in json.dumps(log)
+
+
+async def test_set_up_script(live: Yard) -> None:
+    script = "echo begun in $(pwd)\necho $API_TOKEN; echo $GREETING >&2\necho ready > made.txt\n"
+    script += "[[ -n $BASH ]] && echo bash"
+    wanted = await environment(
+        live, setup_script=script, environment_variables={"API_TOKEN": "tok-1234", "GREETING": "good morning"}
+    )
+    _, log = await finished(
+        await live.api().start("SHELL cat made.txt", sandbox_environment_id=wanted, **SCRIPTED), "completed"
+    )
+    steps = [(p["step"], p["status"]) for p in of_method(log, "_posthog/progress")]
+    assert steps.index(("setup", "completed")) < steps.index(("agent", "in_progress"))
+    texts = [entry["message"] for entry in of_method(log, "_posthog/console")]
+    said = [text for text in texts if text in ("***", "good morning", "bash") or text.startswith("begun in ")]
+    assert said == ["begun in /tmp/workspace", "***", "good morning", "bash"]
+    assert "ready" in json.dumps(log)
+    assert "tok-1234" not in json.dumps(log)
+
+
+async def test_set_up_script_with_an_interpreter(live: Yard) -> None:
+    wanted = await environment(live, setup_script="#!/usr/bin/env python3\nprint('sum', 6 * 7)\n")
+    _, log = await finished(
+        await live.api().start("SAY hi", sandbox_environment_id=wanted, **SCRIPTED), "completed"
+    )
+    assert "sum 42" in [entry["message"] for entry in of_method(log, "_posthog/console")]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo almost\nfalse\necho never", "ended with exit code 1.\nalmost"),
+        ("echo slow; sleep 60", "took longer than 3 seconds.\nslow"),
+        ("kill -9 $$", "was killed"),
+    ],
+    ids=["fails", "takes too long", "is killed"],
+)
+async def test_set_up_script_that_does_not_work(live: Yard, script: str, said: str) -> None:
+    wanted = await environment(live, setup_script=script)
+    run = await live.api().start("SAY hi", sandbox_environment_id=wanted, **SCRIPTED)
+    body, log = await finished(run, "failed")
+    assert body["state"]["error_type"] == ("agent_lost" if "kill" in script else "setup_failed")
+    assert said in body["error_message"]
+    assert ("setup", "failed") in [(p["step"], p["status"]) for p in of_method(log, "_posthog/progress")]
+    assert of_method(log, "_posthog/run_started") == []
+
+
+async def test_a_tool_server_without_its_variable(live: Yard) -> None:
+    server = {"name": "shelf", "command": "shelf", "env": {"KEY": "${SHELF_KEY}"}}
+    wanted = await environment(live, mcp_servers=[server])
+    body, _ = await finished(
+        await live.api().start("SAY hi", sandbox_environment_id=wanted, **SCRIPTED), "failed"
+    )
+    assert body["state"]["error_type"] == "environment_failed"
+    assert "'shelf' refers to ${SHELF_KEY}" in body["error_message"]

@@ -150,6 +150,11 @@ class AcpConnection:
         offer = _dict(self.capabilities.get("sessionCapabilities")).get(name)
         return offer is not None and offer is not False
 
+    def takes(self, server: Json) -> bool:
+        """Whether the agent takes an MCP server of this kind; every agent takes programs."""
+        kind = server.get("type")
+        return kind is None or bool(_dict(self.capabilities.get("mcpCapabilities")).get(kind))
+
     async def new_session(
         self,
         cwd: str,

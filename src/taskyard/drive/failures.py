@@ -9,6 +9,7 @@ ErrorType = Literal[
     "sandbox_failed",  # no sandbox could be made
     "environment_failed",  # its sandbox environment is gone, or cannot be decrypted here
     "clone_failed",  # the repository or the asked branch could not be copied into it
+    "setup_failed",  # the set-up script of its environment failed, or took too long
     "agent_unknown",  # no adapter of that name
     "agent_not_installed",
     "agent_start_failed",  # the process ended before it was ready

@@ -33,12 +33,11 @@ from taskyard.drive.permissions import Permissions
 from taskyard.drive.recorder import Recorder
 from taskyard.drive.traffic import open_gateway
 from taskyard.drive.transcript import Transcript
-from taskyard.drive.variables import environment_of, user_variables
 from taskyard.drive.work import Work
+from taskyard.environments.mcp import UnknownVariableError, for_agent
 from taskyard.errors import TaskyardError
 from taskyard.events import entries
 from taskyard.gateway.server import Gateway, Usage
-from taskyard.redact import secret_values
 from taskyard.sandbox.programs import program_mounts
 from taskyard.sandbox.provider import Process, Sandbox
 from taskyard.settings import Settings
@@ -182,27 +181,28 @@ async def start_agent(
     sandbox: Sandbox,
     work: Work,
     recorder: Recorder,
+    environment: Row | None,
+    variables: Mapping[str, str],
     *,
     session_id: str | None = None,
     asked: Sequence[Json] = (),
     on_budget: Callable[[str], None] | None = None,
-    on_secrets: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> AgentSession:
     """Start the run's agent in its sandbox and open a session, each step within `runs.start_s`.
 
-    session_id: of an earlier session whose files are in the sandbox; a new one is opened when the agent cannot go on
-    with it. asked: permission requests of that session that were not answered. on_budget: called once, with a
-    sentence, when the run's budget is used up. on_secrets: told what the agent is given and must be shown nowhere,
-    before it starts.
+    environment, variables: the run's sandbox environment, and its variables. session_id: of an earlier session whose
+    files are in the sandbox; a new one is opened when the agent cannot go on with it. asked: permission requests of
+    that session that were not answered. on_budget: called once, with a sentence, when the run's budget is used up.
 
     Raises RunFailure: environment_failed, agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
     agent_refused. Raises AgentLost when the process was killed from outside.
     """
     state = row["state"]
     adapter = adapter_of(settings, state)
-    environment = await environment_of(database, row)
-    variables = await user_variables(settings, database, environment)
-    on_secrets(secret_values(variables))
+    try:
+        servers = for_agent(environment["mcp_servers"] if environment else (), variables)
+    except UnknownVariableError as error:
+        raise RunFailure("environment_failed", str(error)) from error
     git = [] if work.served is None else [work.served]
     agent: AgentSession | None = None
     try:
@@ -212,7 +212,7 @@ async def start_agent(
             )
             agent = await _spawn(gateway, adapter, variables, row, sandbox, work, recorder, asked)
             title = row["task"]["title"] or "Taskyard run"
-            await _open(agent, adapter, state, title, work.path, recorder, session_id)
+            await _open(agent, adapter, state, title, work.path, recorder, session_id, servers)
     except AgentGoneError as error:
         assert agent is not None
         message = await agent.obituary(f"The agent '{adapter.name}' ended before it was ready")
@@ -300,22 +300,27 @@ async def _open(
     cwd: str,
     recorder: Recorder,
     session_id: str | None,
+    servers: Sequence[Json],
 ) -> None:
     """Handshake, session, title, permission mode, model and effort."""
     connection = agent._connection
     answer = await connection.initialize(adapter.initialize_meta)
     info = answer.get("agentInfo")
     agent.version = str(info.get("version", "")) if isinstance(info, dict) else ""
-    session = await _earlier_session(agent, adapter, session_id, cwd) if session_id else None
+    usable = [server for server in servers if connection.takes(server)]
+    session = await _earlier_session(agent, adapter, session_id, cwd, usable) if session_id else None
     agent.loaded = session is not None
     if session is None:
-        session = await connection.new_session(cwd, meta=adapter.new_session_meta)
+        session = await connection.new_session(cwd, usable, meta=adapter.new_session_meta)
     agent.session = session
     await connection.set_title(session.id, title)
 
     def note(text: str) -> None:
         recorder.add(entries.console(session.id, "warn", text))
 
+    for server in servers:
+        if server not in usable:
+            note(f"The agent takes no MCP servers over {server['type']}: it does without '{server['name']}'.")
     asked = state.get("initial_permission_mode")
     mode = choose_mode(session, *adapter.wanted_modes(asked))
     if mode is not None:
@@ -334,11 +339,11 @@ async def _open(
 
 
 async def _earlier_session(
-    agent: AgentSession, adapter: Adapter, session_id: str, cwd: str
+    agent: AgentSession, adapter: Adapter, session_id: str, cwd: str, servers: Sequence[Json]
 ) -> Session | None:
     """The session that is to go on; None when the agent does not know it, or cannot do that."""
     try:
-        return await agent._connection.load_session(session_id, cwd, meta=adapter.new_session_meta)
+        return await agent._connection.load_session(session_id, cwd, servers, meta=adapter.new_session_meta)
     except AcpError as error:
         log.info("an agent does not go on with its session", agent=adapter.name, reason=error.message)
         return None
@@ -359,9 +364,8 @@ async def _choose(
         await connection.set_config_option(session.id, option.id, wanted)
 
 
-def _environment(adapter: Adapter, row: Row, sandbox: Sandbox, work: Work) -> dict[str, str]:
-    """What the agent finds in its environment (run-lifecycle §5.1). No credential is among it."""
-    state = row["state"]
+def base_environment(row: Row, work: Work) -> dict[str, str]:
+    """What every program of a run finds in its environment (run-lifecycle §5.1). No credential is among it."""
     name, email = work.author
     env = {
         "POSTHOG_PROJECT_ID": str(row["project_id"]),
@@ -378,11 +382,17 @@ def _environment(adapter: Adapter, row: Row, sandbox: Sandbox, work: Work) -> di
         "https_proxy": GATEWAY,
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
+        **work.variables,
     }
-    env |= work.variables
-    env |= adapter.environment(state.get("model"), state.get("reasoning_effort"))
-    if previous := state.get("resume_from_run_id"):
+    if previous := row["state"].get("resume_from_run_id"):
         env["POSTHOG_RESUME_RUN_ID"] = str(previous)
+    return env
+
+
+def _environment(adapter: Adapter, row: Row, sandbox: Sandbox, work: Work) -> dict[str, str]:
+    """The same for the agent, with what its adapter needs."""
+    state = row["state"]
+    env = base_environment(row, work) | adapter.environment(state.get("model"), state.get("reasoning_effort"))
     if adapter.state_env and adapter.state_dir:
         env[adapter.state_env] = f"{sandbox.home}/{adapter.state_dir}"
     return env

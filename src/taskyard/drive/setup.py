@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from uuid import UUID
 
 import structlog
 
+from taskyard.db.engine import Row
 from taskyard.drive.checkpoint import Keeper, base_of
 from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, OutputGiven, RunFailure
-from taskyard.drive.session import adapter_of, start_agent
+from taskyard.drive.hooks import run_setup
+from taskyard.drive.session import adapter_of, base_environment, start_agent
 from taskyard.drive.snapshot import SnapshotError
+from taskyard.drive.traffic import open_gateway
 from taskyard.drive.turns import ConversingRun
+from taskyard.drive.variables import environment_of, user_variables
 from taskyard.drive.work import Work
 from taskyard.drive.workspace import WorkspaceError
 from taskyard.errors import TaskyardError
 from taskyard.events import entries
 from taskyard.events.store import LeaseLostError
 from taskyard.objects.interface import StorageError
+from taskyard.redact import secret_values
 from taskyard.runs import resume
 from taskyard.runs import store as runs
 from taskyard.runs.resume import Checkpoint
@@ -29,6 +34,9 @@ log = structlog.get_logger()
 
 
 class PreparingRun(ConversingRun):
+    _was_set_up = False
+    """Everything before the agent was done in this sandbox."""
+
     async def _set_up(self) -> None:
         """Make everything that a turn needs. Raises RunFailure."""
         state = self._row["state"]
@@ -43,13 +51,22 @@ class PreparingRun(ConversingRun):
         parts = self.parts
         self._work = Work(parts.settings, parts.database, self._row, self._sandbox, self.recorder)
         here = await self._attend(self._fill_workspace(kept, here=here))
+        environment = await self._patiently(lambda: environment_of(parts.database, self._row))
+        variables = await self._patiently(lambda: user_variables(parts.settings, parts.database, environment))
+        self._hide(secret_values(variables))
+        if environment is not None and environment["setup_script"].strip() and not here:
+            async with self._step("setup", "Running the set-up script", "setup_failed"):
+                await self._attend(self._run_setup(self._sandbox, self._work, environment, variables))
+        self._was_set_up = True
         session_id: str | None = None
         if kept is not None and kept.agent == adapter.name:
             session_id = kept.session_id
             if not here and not await self._attend(self._bring_session(kept)):
                 session_id = None
         async with self._step("agent", "Starting agent", "agent_start_failed"):
-            await self._attend(self._make_agent(self._sandbox, self._work, session_id))
+            await self._attend(
+                self._make_agent(self._sandbox, self._work, environment, variables, session_id)
+            )
         agent = self._agent
         assert agent is not None
         await self._patiently(self._note)
@@ -90,7 +107,7 @@ class PreparingRun(ConversingRun):
     async def _find_sandbox(self, own: Checkpoint | None) -> bool:
         """The sandbox of the earlier worker, when that was here (True); else a new one."""
         if self._sandbox is not None:
-            return True  # only its agent was lost
+            return self._was_set_up  # only its agent was lost
         provider = self.parts.provider
         spec = self._spec(self.run_id)
         try:
@@ -172,7 +189,37 @@ class PreparingRun(ConversingRun):
             log.warning("the session of an agent is lost", run=self.run_id, reason=error.detail)
             return False
 
-    async def _make_agent(self, sandbox: Sandbox, work: Work, session_id: str | None) -> None:
+    async def _run_setup(
+        self, sandbox: Sandbox, work: Work, environment: Row, variables: Mapping[str, str]
+    ) -> None:
+        """The environment's script. What it does outside of the workspace stays with the sandbox only."""
+        parts = self.parts
+        git = [] if work.served is None else [work.served]
+        gateway = await open_gateway(
+            parts.settings, parts.database, self._row, environment, self.recorder, git=git
+        )
+        try:
+            await run_setup(
+                environment,
+                sandbox,
+                gateway,
+                self.recorder,
+                self.run_id,
+                env={**variables, **base_environment(self._row, work)},
+                cwd=work.path,
+                timeout_s=self._limits.setup_s,
+            )
+        finally:
+            await asyncio.shield(gateway.close())
+
+    async def _make_agent(
+        self,
+        sandbox: Sandbox,
+        work: Work,
+        environment: Row | None,
+        variables: Mapping[str, str],
+        session_id: str | None,
+    ) -> None:
         parts = self.parts
         asked = self.turn.permissions if self.turn is not None and self.turn.open else ()
         self._agent = await start_agent(
@@ -182,10 +229,11 @@ class PreparingRun(ConversingRun):
             sandbox,
             work,
             self.recorder,
+            environment,
+            variables,
             session_id=session_id,
             asked=asked,
             on_budget=lambda _: self._wake.set(),
-            on_secrets=self._hide,
         )
 
     async def _note(self) -> None:

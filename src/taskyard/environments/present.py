@@ -11,7 +11,15 @@ from taskyard.environments.domains import effective
 
 Json = dict[str, Any]
 
-NOT_IN_LISTS = frozenset({"include_default_domains", "has_environment_variables", "effective_domains"})
+NOT_IN_LISTS = frozenset(
+    {
+        "include_default_domains",
+        "has_environment_variables",
+        "effective_domains",
+        "setup_script",
+        "mcp_servers",
+    }
+)
 
 
 def environment(row: Row, defaults: Sequence[str]) -> Json:
@@ -25,6 +33,8 @@ def environment(row: Row, defaults: Sequence[str]) -> Json:
         "repositories": row["repositories"],
         "has_environment_variables": row["has_variables"],
         "private": row["private"],
+        "setup_script": row["setup_script"],
+        "mcp_servers": row["mcp_servers"],
         "worker_pool": row["worker_pool"],
         "internal": row["internal"],
         "effective_domains": effective(

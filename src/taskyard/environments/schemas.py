@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from taskyard.environments.mcp import McpServers
 from taskyard.schemas import Body, Filled, NotNull
 from taskyard.settings import Pool
 
@@ -59,6 +60,8 @@ Verbatim = Annotated[str, StringConstraints(strip_whitespace=False)]
 """Values are data, a key file perhaps: nothing is trimmed. Names are shown as they were sent."""
 Value = Annotated[Verbatim, BeforeValidator(_number_as_text)]
 
+SetupScript = Annotated[Verbatim, StringConstraints(max_length=64_000, pattern=r"^[^\x00]*$")]
+
 
 class EnvironmentUpdate(Body):
     """What is not sent stays as it is. `environment_variables` replaces the whole map."""
@@ -72,7 +75,16 @@ class EnvironmentUpdate(Body):
         default_factory=dict
     )
     private: bool = True
-    # An addition of ours.
+    # Additions of ours.
+    setup_script: SetupScript = Field(
+        default="",
+        description="Run in the sandbox before the agent starts, in the repository: by bash or sh, or by what its "
+        "first line names.",
+    )
+    mcp_servers: McpServers = Field(
+        default_factory=list,
+        description="MCP servers for the agent; `${NAME}` stands for a variable of the environment.",
+    )
     worker_pool: Pool | None = Field(
         default=None,
         description="Only workers of this pool drive runs in the environment; null: those of `default`.",

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
+from psycopg.types.json import Jsonb
+
 from taskyard.accounts.caller import Caller
 from taskyard.db.engine import Connection, Database, Row
 from taskyard.environments import store
@@ -30,6 +32,7 @@ RESERVED = re.compile(
 async def create(connection: Connection, caller: Caller, settings: Settings, body: EnvironmentCreate) -> Row:
     """A new environment of the caller's project, as stored (tasks-api §9)."""
     fields = {name: getattr(body, name) for name in store.COLUMNS if name != "variables"}
+    fields["mcp_servers"] = _servers(body)
     fields["variables"] = await _sealed(connection, settings, body.environment_variables)
     environment_id = await store.insert(connection, caller.project.id, caller.user_id, fields)
     return await find(connection, caller, environment_id)
@@ -41,6 +44,8 @@ async def update(
     """Only the sent fields change; sent variables replace the whole map."""
     before = await find(connection, caller, environment_id)
     changes: dict[str, Any] = body.sent()
+    if "mcp_servers" in changes:
+        changes["mcp_servers"] = _servers(body)
     if (variables := changes.pop("environment_variables", None)) is not None:
         changes["variables"] = await _sealed(connection, settings, variables)
     if not await store.update(connection, caller.project.id, caller.user_id, environment_id, changes):
@@ -50,6 +55,10 @@ async def update(
     if row is None:
         raise NotFoundError
     return row
+
+
+def _servers(body: EnvironmentUpdate) -> Jsonb:
+    return Jsonb([server.stored() for server in body.mcp_servers])
 
 
 async def delete(connection: Connection, caller: Caller, environment_id: UUID) -> None:

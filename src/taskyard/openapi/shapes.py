@@ -285,6 +285,18 @@ class TaskRunArtifactPresignResponse(Shape):
 # Sandbox environments, automations, repositories -------------------------------------------------------------
 
 
+class SandboxMcpServer(Shape, omit_defaults=True):
+    """An MCP server of an environment: `command`, `args`, `env` for `stdio`; else `url`, `headers`."""
+
+    name: str
+    type: Literal["stdio", "http", "sse"]
+    command: str | UnsetType = UNSET
+    args: list[str] | UnsetType = UNSET
+    env: dict[str, str] | UnsetType = UNSET
+    url: str | UnsetType = UNSET
+    headers: dict[str, str] | UnsetType = UNSET
+
+
 class SandboxEnvironmentListItem(Shape):
     """A sandbox environment as lists show it."""
 
@@ -308,6 +320,8 @@ class SandboxEnvironment(SandboxEnvironmentListItem):
 
     include_default_domains: bool
     has_environment_variables: bool
+    setup_script: Annotated[str, Meta(description="Run in the sandbox before the agent starts.")]
+    mcp_servers: Annotated[list[SandboxMcpServer], Meta(description="MCP servers for the agent.")]
     effective_domains: list[str]
 
 

@@ -22,12 +22,13 @@ from taskyard.sandbox.cgroups import Cgroups
 from taskyard.sandbox.folder import Folder, check_id, group_name
 from taskyard.sandbox.identities import UidRange
 from taskyard.sandbox.launch import Host, command_line, door_command
-from taskyard.sandbox.listener import SOURCE, open_door
+from taskyard.sandbox.listener import SOURCE, EndedError, open_door
 from taskyard.sandbox.policy import Handed, Scene
 from taskyard.sandbox.process import BubblewrapProcess, start
 from taskyard.sandbox.provider import (
     HOME,
     WORKSPACE,
+    KilledError,
     ListenerHandler,
     Mount,
     Problem,
@@ -35,6 +36,9 @@ from taskyard.sandbox.provider import (
     Spec,
 )
 from taskyard.settings import Settings
+
+END_S = 5.0
+"""A sandbox whose door is gone has this long to end."""
 
 
 class BubblewrapProvider:
@@ -241,10 +245,16 @@ class BubblewrapSandbox:
             if process is None:
                 os.close(info)
             else:
+                killed = isinstance(error, KilledError)
+                if isinstance(error, EndedError):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(END_S):
+                            killed = (await process.wait()).reason == "killed"
                 await asyncio.shield(process.kill())
-                said = process.stderr_tail().strip()
-                if isinstance(error, SandboxError) and said not in error.detail:
-                    raise type(error)(f"{error.detail}: {said}") from error
+                if isinstance(error, SandboxError):
+                    said = process.stderr_tail().strip()
+                    detail = error.detail if said in error.detail else f"{error.detail}: {said}"
+                    raise (KilledError if killed else SandboxError)(detail) from error
             raise
         finally:
             if channel is not None:

@@ -13,10 +13,14 @@ SOURCE = Path(door.__file__)
 START_S = 60.0
 
 
+class EndedError(SandboxError):
+    """The sandbox has ended, or is about to, before its command began."""
+
+
 async def open_door(channel: socket.socket, handler: ListenerHandler) -> None:
     """Receive the listener that door.py sends through `channel`, hand it over, and let the command begin.
 
-    Raises SandboxError when the sandbox ends before that, or nothing comes within START_S.
+    Raises EndedError when the sandbox ends before that, SandboxError when nothing comes within START_S.
     """
     try:
         async with asyncio.timeout(START_S):
@@ -27,7 +31,7 @@ async def open_door(channel: socket.socket, handler: ListenerHandler) -> None:
     try:
         channel.send(b"G")
     except OSError as error:
-        raise SandboxError("the sandbox ended before its command began") from error
+        raise EndedError("the sandbox ended before its command began") from error
 
 
 async def _receive(channel: socket.socket) -> socket.socket:
@@ -65,7 +69,7 @@ def _listener(channel: socket.socket) -> socket.socket:
     sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
     if len(sockets) != 1 or message != b"L":
         _close(sockets)
-        raise SandboxError("the sandbox ended before its listener was open")
+        raise EndedError("the sandbox ended before its listener was open")
     listener = sockets[0]
     # Checked although only our own program can have sent it.
     if listener.family != socket.AF_INET or listener.getsockname() != LISTENER:
