@@ -190,7 +190,7 @@ async def test_an_environment_brings_tools(live: Yard, endpoint: Endpoint, agent
     run = await live.api().start(
         prompt,
         sandbox_environment_id=made["id"],
-        initial_permission_mode="bypassPermissions",
+        initial_permission_mode={"claude": "bypassPermissions", "codex": "full-access"}[agent],
         **MODELS[agent],
     )
     body = await run.status("completed", "failed")

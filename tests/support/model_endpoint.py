@@ -136,7 +136,8 @@ def _step(kind: str, text: str, tools: list[Json]) -> Step:
         raise ScriptedError(int(head), tail or "scripted error")
     if kind == "tool":
         server, _, name = head.rpartition("__")
-        spaced = any(tool.get("type") == "namespace" for tool in tools)
+        # Codex lists them so, or leaves them to its tool search.
+        spaced = any(tool.get("type") in ("namespace", "tool_search") for tool in tools)
         return Call(name, tail or "{}", namespace=server) if server and spaced else Call(head, tail or "{}")
     call = _write(head, tail, tools) if kind == "write" else _run(text, tools)
     return call or f"(no tool is offered for {kind})"

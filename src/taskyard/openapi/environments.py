@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from taskyard.automations.schemas import AutomationUpdate, AutomationWrite, NoBody
+from taskyard.environments.mcp import McpServer
 from taskyard.environments.schemas import EnvironmentCreate, EnvironmentUpdate
 from taskyard.forge.api import Register
 from taskyard.openapi import shapes
@@ -17,6 +18,8 @@ NIGHTLY = {
     "cron_expression": "0 3 * * 1-5",
     "timezone": "Europe/Berlin",
 }
+
+PARTS = {McpServer: "SandboxMcpServerRequest"}
 
 OPERATIONS = (
     Operation(
@@ -38,6 +41,7 @@ OPERATIONS = (
         Request(
             "SandboxEnvironmentRequest",
             EnvironmentCreate,
+            parts=PARTS,
             example={"name": "Staging", "environment_variables": {"API_URL": "https://staging.example.org"}},
         ),
     ),
@@ -56,7 +60,13 @@ OPERATIONS = (
         "Change a sandbox environment",
         "task:write",
         {200: Answer(shapes.SandboxEnvironment)},
-        Request("PatchedSandboxEnvironment", EnvironmentUpdate, required=False, example={"private": False}),
+        Request(
+            "PatchedSandboxEnvironment",
+            EnvironmentUpdate,
+            required=False,
+            parts=PARTS,
+            example={"private": False},
+        ),
         text="`environment_variables` replaces all of them.",
     ),
     Operation(
