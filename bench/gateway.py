@@ -20,17 +20,16 @@ import uvloop
 from taskyard.gateway.hosts import HostRules
 from taskyard.gateway.server import Budget, Gateway, ModelRoute, Network, Policy
 
-EVENTS = 40
 MEGABYTE = b"x" * (1 << 20)
 
 
-async def model_server() -> None:
-    """Answers a POST with a short stream of events, and `GET /N` with N megabytes."""
+async def model_server(count: int, pause: float) -> None:
+    """Answers a POST with a short stream of events, `pause` ms apart, and `GET /N` with N megabytes."""
     usage = {"input_tokens": 1000, "output_tokens": 1, "cache_read_input_tokens": 50_000}
     start = {"type": "message_start", "message": {"model": "claude-sonnet-4-5", "usage": usage}}
     delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "word "}}
-    end = {"type": "message_delta", "usage": {"output_tokens": EVENTS}}
-    events = [f"data: {json.dumps(event)}\n\n".encode() for event in (start, *[delta] * EVENTS, end)]
+    end = {"type": "message_delta", "usage": {"output_tokens": count}}
+    events = [f"data: {json.dumps(event)}\n\n".encode() for event in (start, *[delta] * count, end)]
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -48,6 +47,8 @@ async def model_server() -> None:
                 writer.write(head)
                 for event in events:
                     writer.write(b"%x\r\n%s\r\n" % (len(event), event))
+                    if pause:
+                        await asyncio.sleep(pause / 1000)
                 writer.write(b"0\r\n\r\n")
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
@@ -162,7 +163,7 @@ async def throughput(direct: int, gateway: int, megabytes: int) -> None:
         writer.close()
 
 
-async def main(count: int, megabytes: int) -> None:
+async def main(args: argparse.Namespace) -> None:
     processes: list[Process] = []
 
     async def start(*arguments: str) -> int:
@@ -171,11 +172,11 @@ async def main(count: int, megabytes: int) -> None:
         return port
 
     try:
-        model = await start("--model")
+        model = await start("--model", "--events", str(args.events), "--pause", str(args.pause))
         plain = await start("--gateway", str(model))
         limited = await start("--gateway", "--limited", str(model))
-        await calls(model, plain, limited, count)
-        await throughput(model, plain, megabytes)
+        await calls(model, plain, limited, args.calls)
+        await throughput(model, plain, args.megabytes)
     finally:
         for process in processes:
             process.kill()
@@ -188,12 +189,14 @@ if __name__ == "__main__":
     parser.add_argument("--model", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--gateway", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--limited", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--events", type=int, default=40, help="pieces of each answer")
+    parser.add_argument("--pause", type=float, default=5, help="ms between two of them")
+    parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--megabytes", type=int, default=2000)
     args = parser.parse_args()
     if args.model:
-        uvloop.run(model_server())
+        uvloop.run(model_server(args.events, args.pause))
     elif args.gateway:
         uvloop.run(gateway_server(args.upstream, limited=args.limited))
     else:
-        uvloop.run(main(args.calls, args.megabytes))
+        uvloop.run(main(args))

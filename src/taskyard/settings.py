@@ -105,9 +105,11 @@ class BudgetSettings(Area):
     cost: float | None = Field(None, gt=0)
     """Of a run that asks for nothing else."""
     tokens: int | None = Field(None, gt=0)
+    """The same in tokens."""
     max_cost: float | None = Field(None, gt=0)
     """Of any run, whatever it asks for."""
     max_tokens: int | None = Field(None, gt=0)
+    """The same in tokens."""
     project_month_cost: float | None = Field(None, gt=0)
     """Of all runs of a project in a calendar month (UTC), as far as it is known when a run's agent starts."""
     end: Literal["failed", "completed"] = "failed"
@@ -118,7 +120,9 @@ class Upstream(Area):
     """One model API. The key stays on the host; the gateway adds it to each request."""
 
     base_url: str
+    """`https://host/path`; a `/v1` at its end is taken off, agents add it."""
     api_key: SecretStr | None = None
+    """Default: the file's, else the vendor's usual environment variable."""
     api_key_file: Path | None = None
     """Read for each request, so another program may renew it."""
     auth: Literal["x-api-key", "bearer", "api-key", "none"] | None = None

@@ -15,7 +15,7 @@ import pytest
 
 from taskyard.agents.adapters import adapters
 from taskyard.db.engine import Database
-from taskyard.settings import ModelSettings, Settings, Upstream
+from taskyard.settings import ModelSettings, RateLimitSettings, Settings, Upstream
 from tests.conftest import make_settings
 from tests.support.model_endpoint import INPUT_TOKENS, OUTPUT_TOKENS, Endpoint, model_endpoint
 from tests.support.repositories import heads, run_git
@@ -41,7 +41,10 @@ def settings(tmp_path: Path, database_url: str, endpoint: Endpoint) -> Settings:
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     settings = make_settings(
-        data_dir, database_url, models=ModelSettings(anthropic=upstream, openai=upstream)
+        data_dir,
+        database_url,
+        models=ModelSettings(anthropic=upstream, openai=upstream),
+        rate_limits=RateLimitSettings(enabled=False),  # waiting asks often
     )
     installed = os.environ.get("TASKYARD_TEST_DATA_DIR")
     if installed is None:
@@ -198,3 +201,17 @@ async def test_an_environment_brings_tools(live: Yard, endpoint: Endpoint, agent
     assert "Counted." in said(await run.log())
     told = json.dumps(endpoint.model_calls()[-1].body)
     assert "books: 41, greeting good morning, for everybody" in told
+
+
+@both
+async def test_a_budget_that_ends_in_the_middle_of_an_answer(
+    live: Yard, shop: Path, repository: str, agent: str
+) -> None:
+    run = await live.api().start(
+        "[[write:notes.txt|kept]] [[slow:300]]", repository=repository, budget_tokens=500, **MODELS[agent]
+    )
+    body = await run.status("failed", "completed")
+    assert (body["status"], body["state"].get("error_type")) == ("failed", "budget_exceeded"), body
+    assert body["error_message"].startswith("This run's budget of 500 tokens is used up")
+    assert run_git(shop, "show", f"{body['output']['head_branch']}:notes.txt").strip() == "kept"
+    assert body["state"]["token_usage"]["output_tokens"] < 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,7 +19,7 @@ from taskyard.gateway.calls import model_of
 from taskyard.gateway.models import ModelRoute
 from taskyard.gateway.prices import Prices
 from taskyard.settings import ModelSettings, Settings, Upstream
-from tests.support.door import KEY, Door, Exchange, open_door, open_upstream
+from tests.support.door import KEY, Door, Exchange, eventually, open_door, open_upstream
 
 MESSAGES = "/anthropic/v1/messages"
 
@@ -150,6 +151,26 @@ async def test_a_body_that_is_read_ahead_has_a_limit(monkeypatch: pytest.MonkeyP
         status, said = await message(door, b'{"model":"a"}'.ljust(1001))
     assert (status, seen) == (413, [])
     assert "exceeds 1000 bytes" in said
+
+
+async def test_requests_held_at_once_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taskyard.gateway.calls.MAX_HELD", 2500)
+    go_on = asyncio.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        await go_on.wait()
+        await exchange.answer(b"{}", headers="Content-Type: application/json\r\n")
+
+    body = b'{"model":"a"}'.ljust(1000)
+    async with open_upstream(handler) as (url, seen), open_door(url, allowed_models=[["*"]]) as door:
+        held = [asyncio.create_task(message(door, body)) for _ in range(2)]
+        await eventually(lambda: len(seen) == 2, "two calls at the upstream")
+        status, said = await message(door, body)
+        assert (status, len(seen)) == (429, 2)
+        assert "Try again later" in said
+        go_on.set()
+        assert [(await one)[0] for one in held] == [200, 200]
+        assert (await message(door, body))[0] == 200, "there is room again"
 
 
 # --- keys ---

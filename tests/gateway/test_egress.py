@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from taskyard.gateway import addresses, egress
+from taskyard.gateway.connection import MAX_LOOKUPS
 from taskyard.gateway.hosts import HostRules
 from taskyard.gateway.policy import Network
 from tests.gateway.test_client_hello import client_hello
@@ -253,6 +254,32 @@ async def test_a_limit_of_bytes() -> None:
         )
     assert status == 403
     assert "network.max_bytes" in body
+
+
+async def test_names_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose name servers never answer does not fill the resolvers of the others."""
+    asked, most = 0, 0
+    go_on = asyncio.Event()
+
+    async def look_up(name: str, port: int, *, internal: bool) -> list[Any]:
+        nonlocal asked, most
+        asked += 1
+        most = max(most, asked)
+        await go_on.wait()
+        asked -= 1
+        return [ipaddress.ip_address("10.11.12.13")]
+
+    monkeypatch.setattr(addresses, "_look_up", look_up)
+    request = b"CONNECT slow.example:443 HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with open_door(network=Network("full")) as slow, open_door(network=Network("full")) as other:
+        waiting = [asyncio.create_task(slow.send(request)) for _ in range(20)]
+        await eventually(lambda: asked == MAX_LOOKUPS, "lookups")
+        another = asyncio.create_task(other.send(request))
+        await eventually(lambda: asked == MAX_LOOKUPS + 1, "a lookup of another run")
+        assert most == MAX_LOOKUPS + 1
+        go_on.set()
+        assert all(answer.startswith(b"HTTP/1.1 403") for answer in await asyncio.gather(*waiting, another))
+    assert (len(slow.refusals), len(other.refusals)) == (20, 1)
 
 
 # --- TLS in tunnels ---

@@ -17,7 +17,7 @@ MAX_ADDRESSES = 4
 """So many of a host's addresses are tried."""
 
 # A pool of its own: a name server that does not answer must not hold up anything else of the worker.
-_RESOLVERS = ThreadPoolExecutor(16, "resolve")
+_RESOLVERS = ThreadPoolExecutor(64, "resolve")
 
 # Not 64:ff9b:1::/48, the one for local use (RFC 8215): each network says itself where the IPv4 address stands in it.
 _NAT64 = IPv6Network("64:ff9b::/96")

@@ -28,6 +28,8 @@ from taskyard.gateway.usage import Meter, ModelCall
 MAX_BODY = 64 * 1024 * 1024
 MAX_READ_AHEAD = 32 * 1024 * 1024
 """Bytes of a request whose model has to be known before it may go out; as much as the vendors take."""
+MAX_HELD = 4 * MAX_READ_AHEAD
+"""Bytes of all such requests of a run at once: the worker's memory is that of other runs, too."""
 BUDGET = "budget_exceeded"
 CLIENT_GONE = 499
 """The status of a call whose client left before the answer began, as nginx has it."""
@@ -47,6 +49,7 @@ class CallExchange(Exchange):
         self._meter = Meter("")
         self._mask = KeyMask()
         self._sent = 0
+        self._held = 0
         self._asked: str | None = None
         self._tab = policy.budget.open() if admitted.costs else None
         self._streams = False
@@ -61,6 +64,11 @@ class CallExchange(Exchange):
         whole = bytearray()
         async for chunk in pieces(body):
             whole += chunk
+            self._held += len(chunk)
+            self._policy.read_ahead.bytes += len(chunk)
+            if self._policy.read_ahead.bytes > MAX_HELD:
+                message = f"requests of more than {MAX_HELD} bytes are under way at once. Try again later."
+                raise RefusedError(Refused(429, message))
             if len(whole) > MAX_READ_AHEAD:
                 message = f"the body exceeds {MAX_READ_AHEAD} bytes."
                 raise RefusedError(Refused(413, message))
@@ -124,6 +132,7 @@ class CallExchange(Exchange):
     def ended(self, status: int, *, complete: bool, seconds: float) -> None:
         if self._tab is None:
             return
+        self._policy.read_ahead.bytes -= self._held
         self._meter.finish()
         # Vendors charge for a call although nobody waited for its answer.
         charged = 200 <= status < 300 or status == CLIENT_GONE

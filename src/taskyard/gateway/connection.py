@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import h11
 import httpx
@@ -23,6 +23,8 @@ from taskyard.gateway.usage import ModelCall
 MAX_HEAD = 64 * 1024
 IDLE_S = 300
 """A connection without a request for this long is closed."""
+MAX_LOOKUPS = 4
+"""Names that a run looks up at once: names whose server never answers must not fill the resolvers of all runs."""
 _CHUNK = 64 * 1024
 _LINGER_S = 2
 
@@ -38,6 +40,7 @@ class Side:
     traffic: Traffic
     on_refusal: Callable[[Refusal], None]
     on_call: Callable[[ModelCall], None]
+    lookups: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LOOKUPS))
 
 
 class Connection:
@@ -88,9 +91,10 @@ class Connection:
         if method == "CONNECT" or not target.startswith("/"):
             if spent := side.traffic.exceeded:
                 return Refused(403, spent)
-            if method == "CONNECT":
-                return await egress.tunnel_to(policy.network, target)
-            found = await egress.plain_to(policy.network, target)
+            async with side.lookups:
+                if method == "CONNECT":
+                    return await egress.tunnel_to(policy.network, target)
+                found = await egress.plain_to(policy.network, target)
             if isinstance(found, Refused):
                 return found
             decision = PlainExchange(*found, side.traffic)

@@ -7,6 +7,7 @@ added here, on the host.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -100,6 +101,10 @@ class ModelRoute:
                 "TASKYARD_MODELS__<API>__VERSION or __QUERY."
             )
 
+    @functools.cached_property
+    def url(self) -> httpx.URL:
+        return httpx.URL(self.base_url)
+
     @property
     def secret_headers(self) -> tuple[str, ...]:
         """Values of `headers` that look like credentials by their name."""
@@ -122,8 +127,11 @@ class ModelRoute:
         if path.startswith("/v1/"):
             path = self.version + path.removeprefix("/v1")
         query = "&".join(part for part in (query, self.query) if part)
-        base = httpx.URL(self.base_url).raw_path.rstrip(b"/")
-        return base + path.encode("ascii") + (b"?" + query.encode("ascii") if mark or query else b"")
+        return (
+            self.url.raw_path.rstrip(b"/")
+            + path.encode("ascii")
+            + (b"?" + query.encode("ascii") if mark or query else b"")
+        )
 
 
 _BAD_KEY = (
@@ -231,7 +239,7 @@ def upstream_request(
                 sent.append((name.encode("ascii"), key))
     return httpx.Request(
         method,
-        route.base_url,
+        route.url,
         headers=sent + list(own.items()),
         content=body,
         extensions={"target": admitted.target, "timeout": TIMEOUT.as_dict()},

@@ -44,6 +44,13 @@ class GitRepository:
     """Told the commit of each push that is passed on."""
 
 
+@dataclass
+class ReadAhead:
+    """Bytes of a run's requests that are held in the worker's memory until they have been sent."""
+
+    bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Policy:
     """The rules for one run."""
@@ -57,6 +64,7 @@ class Policy:
     """Lists of names of models, `*` for any characters; a model has to be in each of them."""
     budget: Budget = field(default_factory=Budget)
     prices: Prices = BUILT_IN
+    read_ahead: ReadAhead = field(default_factory=ReadAhead)
 
 
 @dataclass(frozen=True)
