@@ -8,6 +8,7 @@ from taskyard.environments.schemas import EnvironmentCreate, EnvironmentUpdate
 from taskyard.forge.api import Register
 from taskyard.openapi import shapes
 from taskyard.openapi.operation import PROJECT, Answer, Operation, Request, page_parameters
+from taskyard.schemas import Body
 
 ENVIRONMENTS = PROJECT + "sandbox_environments/"
 AUTOMATIONS = PROJECT + "task_automations/"
@@ -19,7 +20,7 @@ NIGHTLY = {
     "timezone": "Europe/Berlin",
 }
 
-PARTS = {McpServer: "SandboxMcpServerRequest"}
+PARTS: dict[type[Body], str] = {McpServer: "SandboxMcpServerRequest"}
 
 OPERATIONS = (
     Operation(
