@@ -114,9 +114,11 @@ def test_additions_of_ours_say_what_they_are() -> None:
     ]
     own += [("TaskRunBootstrapCreateRequest", "agent"), ("TaskRunCommandRequest", "method")]
     own += [
-        (name, "worker_pool")
-        for name in ("SandboxEnvironmentRequest", "SandboxEnvironment", "SandboxEnvironmentListItem")
+        (name, field)
+        for field in ("worker_pool", "setup_script", "mcp_servers")
+        for name in ("SandboxEnvironmentRequest", "PatchedSandboxEnvironment", "SandboxEnvironment")
     ]
+    own += [("SandboxEnvironmentListItem", "worker_pool")]
     for name, field in own:
         assert len(schemas[name]["properties"][field].get("description", "")) > 20, f"{name}.{field}"
     state = schemas["TaskRunDetail"]["properties"]["state"]["description"]
