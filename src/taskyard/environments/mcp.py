@@ -15,6 +15,7 @@ from taskyard.schemas import Body, Filled
 Json = dict[str, Any]
 
 MAX_SERVERS = 20
+NAME = r"^[A-Za-z0-9_.-]+$"
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 Words = Annotated[str, StringConstraints(max_length=10_000, strip_whitespace=False)]
@@ -26,7 +27,7 @@ class McpServer(Body):
     `${NAME}` in a value stands for a variable of the environment, so that no secret has to be written here.
     """
 
-    name: Annotated[Filled, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[Filled, StringConstraints(max_length=64, pattern=NAME)]
     type: Literal["stdio", "http", "sse"] = "stdio"
     command: Words = Field("", description="For `stdio`: a program, found in PATH or absolute.")
     args: Annotated[list[Words], Field(max_length=100)] = Field(default_factory=list)

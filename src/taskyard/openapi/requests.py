@@ -14,6 +14,7 @@ from taskyard.agents.adapters import CONTRACT_MODES
 from taskyard.artifacts.limits import MAX_BYTES
 from taskyard.artifacts.schemas import Finalize, Inline, InlineItem, Prepare, PrepareItem
 from taskyard.commands.schemas import Command
+from taskyard.environments.mcp import NAME, McpServer
 from taskyard.openapi.operation import Json, Operation
 from taskyard.runs.schemas import AppendLog, RunFields
 from taskyard.schemas import Body, Filled, NotNull
@@ -28,6 +29,7 @@ BY_HAND: Mapping[tuple[type[BaseModel], str], Json] = {
     (Inline, "artifacts"): {"minItems": 1},
     (InlineItem, "content"): {"format": None},
     (KeyWrite, "scopes"): {"items": {"type": "string", "enum": list(SCOPES)}},
+    (McpServer, "name"): {"pattern": NAME},
     (Prepare, "artifacts"): {"minItems": 1},
     (PrepareItem, "size"): {"minimum": 1, "maximum": MAX_BYTES},
     (RunFields, "github_user_token"): {"writeOnly": True},
