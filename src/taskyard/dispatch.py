@@ -21,6 +21,7 @@ from taskyard.db.hub import QUEUE
 from taskyard.drive.asleep import end_sleepers
 from taskyard.drive.driver import drive
 from taskyard.drive.held import Parts
+from taskyard.drive.space import free_bytes
 from taskyard.runs import queue, workers
 from taskyard.runs.workers import Worker
 
@@ -46,6 +47,7 @@ class Dispatcher:
         self._limits = queue.Limits.of(parts.settings)
         self._driving: set[asyncio.Task[None]] = set()
         self._lost: set[UUID] = set()
+        self._full = False
 
     async def keep(self) -> None:
         """Take and drive until cancelled; then `drain` ends what is going on."""
@@ -59,7 +61,7 @@ class Dispatcher:
                         await self._sweep()
                         if self._lost:
                             sweep_at = loop.time() + LOST_S
-                    while len(self._driving) < self._worker.capacity:
+                    while len(self._driving) < self._worker.capacity and await self._has_space():
                         run_id = await queue.take(self._database, self._worker, self._limits)
                         if run_id is None:
                             break
@@ -76,6 +78,15 @@ class Dispatcher:
                     wait_s = RESTART_S
                 raise_cancelled()
                 await wake.wait(wait_s)
+
+    async def _has_space(self) -> bool:
+        """A worker with a full disk takes nothing: another one may, or it waits until there is space again."""
+        wanted, folder = self._parts.settings.worker.min_free_mb * 2**20, self._parts.settings.data_dir
+        free = await asyncio.to_thread(free_bytes, folder)
+        if (full := free < wanted) and not self._full:
+            log.error("the disk is full: taking no runs", free_mb=free // 2**20, wanted_mb=wanted // 2**20)
+        self._full = full
+        return not full
 
     async def drain(self, drain_s: float) -> None:
         """Let turns go on for some seconds, then stop their drivers; call it after the end of `keep`."""

@@ -293,6 +293,8 @@ class WorkerSettings(Area):
     """Runs that one worker drives at once; more wait in the queue."""
     drain_s: float = Field(10, ge=0)
     """How long a stopping worker lets live runs finish."""
+    min_free_mb: int = Field(200, ge=0)
+    """With less space than this on the disk of its data folder, a worker takes no further runs."""
     name: str | None = Field(None, min_length=1, max_length=100)
     """As `taskyard admin workers` shows it; default: the host's name."""
     pools: list[Pool] = Field(["default"], min_length=1)

@@ -11,6 +11,7 @@ import pytest
 
 from taskyard.drive.publish import DiffStat, Published, branch_name, diff, diff_stat, publish
 from taskyard.drive.workspace import PublishError, Workspace, bundle, commit_leftovers, prepare
+from taskyard.events.store import LeaseLostError
 from taskyard.forge.git import GitError, Mirror, check_origin
 from taskyard.sandbox.bubblewrap import BubblewrapProvider
 from taskyard.sandbox.provider import Limits, Sandbox, Spec
@@ -146,6 +147,44 @@ async def test_follow_up_makes_a_deleted_branch_again(bench: Bench) -> None:
     run_git(bench.origin, "branch", "--delete", "--force", BRANCH)
     await bench.publish(previous=tip)
     assert heads(bench.origin)[BRANCH] == tip
+
+
+async def test_a_push_that_its_worker_did_not_live_to_tell(bench: Bench) -> None:
+    """The next worker does the work again; what was remembered before the push may be replaced."""
+    remembered: list[str] = []
+
+    async def remember(commit: str) -> None:
+        assert BRANCH not in heads(bench.origin), "before the push"
+        remembered.append(commit)
+
+    lost = commit_file(bench.clone, "a.txt", "once")
+    await publish(
+        bench.mirror, bench.bundle(), bench.base, BRANCH,
+        run_id="run-1", base_branch="main", before_push=remember,
+    )  # fmt: skip
+    assert (remembered, heads(bench.origin)[BRANCH]) == ([lost], lost)
+    run_git(bench.clone, "reset", "--quiet", "--hard", str(bench.base))
+    again = commit_file(bench.clone, "a.txt", "again")
+    with pytest.raises(PublishError, match="not overwritten"):
+        await bench.publish()
+    await publish(
+        bench.mirror, bench.bundle(), bench.base, BRANCH,
+        run_id="run-1", base_branch="main", pushed=remembered,
+    )  # fmt: skip
+    assert heads(bench.origin)[BRANCH] == again
+
+
+async def test_a_worker_that_lost_its_run_pushes_nothing(bench: Bench) -> None:
+    async def refuse(commit: str) -> None:
+        raise LeaseLostError
+
+    commit_file(bench.clone, "a.txt", "a")
+    with pytest.raises(LeaseLostError):
+        await publish(
+            bench.mirror, bench.bundle(), bench.base, BRANCH,
+            run_id="run-1", base_branch="main", before_push=refuse,
+        )  # fmt: skip
+    assert BRANCH not in heads(bench.origin)
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -29,6 +29,7 @@ SETTINGS = {
     "TASKYARD_RUNS__AGENT_SILENCE_S": "180",
     "TASKYARD_WORKER__CONCURRENCY": "6",
     "TASKYARD_WORKER__DRAIN_S": "2",
+    "TASKYARD_WORKER__MIN_FREE_MB": "20",  # of the small disk of the storm
     "TASKYARD_SANDBOX__MEMORY_MB": "256",
     "TASKYARD_SECRET_KEYS": json.dumps(["dGFza3lhcmQtZmF1bHRzLXRhc2t5YXJkLWZhdWx0cy4="]),
     "FAULTS_LEASE_S": str(LEASE_S),

@@ -67,4 +67,7 @@ def message(error: Exception) -> str | None:
     client = sys.modules.get("taskyard.client.errors")
     if client is not None and isinstance(error, client.ClientError):
         return str(error)
+    psycopg = sys.modules.get("psycopg")
+    if psycopg is not None and isinstance(error, psycopg.OperationalError):
+        return f"the database does not answer: {str(error).strip()}"
     return None

@@ -20,7 +20,7 @@ from uuid import UUID
 import structlog
 
 from taskyard.commands import store as commands
-from taskyard.db.engine import Row
+from taskyard.db.engine import AWAY, Row, raise_cancelled
 from taskyard.db.hub import RUNS
 from taskyard.drive.failures import AgentLost, BudgetSpent, Ended, ErrorType, Leave, OutputGiven, RunFailure
 from taskyard.drive.held import Parts
@@ -114,6 +114,11 @@ class Driver(PreparingRun):
                 text = f"{lost.message} The work goes on with a new process."
                 self.recorder.add(entries.console(self.run_id, "warn", self._shown(text)))
                 await self._drop_agent()
+            except AWAY as error:
+                raise_cancelled()
+                log.warning("a run waits for the database", run=self.run_id, error=str(error).strip())
+                await self._patiently(lambda: self.parts.database.fetch("SELECT 1"))
+                await self._drop_agent()
             else:
                 return
 
@@ -139,11 +144,11 @@ class Driver(PreparingRun):
             )
 
     async def _drop_agent(self) -> None:
-        """Free what is left of a lost agent; the sandbox stays if it can be used."""
+        """Free an agent that is lost, or whose work cannot be followed; the sandbox stays if it can be used."""
         agent, self._agent = self._agent, None
         self._resumed = True
         if agent is not None:
-            await agent.close()
+            await agent.close(in_turn=True)
 
     async def _surely(self, work: Coroutine[Any, Any, None], limit_s: float | None = None) -> None:
         """The last steps of a run. A stop of the worker cuts them short, but not before the end is written.
@@ -204,8 +209,9 @@ class Driver(PreparingRun):
     async def _load(self) -> None:
         rows = await self._patiently(
             lambda: self.parts.database.fetch(
-                "SELECT r.*, to_jsonb(t) AS task, p.name AS project_name, u.email, u.first_name, u.last_name"
-                " FROM runs r JOIN tasks t ON t.id = r.task_id JOIN projects p ON p.id = r.project_id"
+                "SELECT r.*, to_jsonb(t) AS task, p.name AS project_name, u.email, u.first_name, u.last_name,"
+                " c.pushed FROM runs r JOIN run_cursors c ON c.run_id = r.id"
+                " JOIN tasks t ON t.id = r.task_id JOIN projects p ON p.id = r.project_id"
                 " LEFT JOIN users u ON u.id = t.created_by_id WHERE r.id = %(run)s",
                 run=self.lease.run_id,
             )

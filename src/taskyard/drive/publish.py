@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import re
 import tempfile
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,12 +78,14 @@ async def publish(
     base_branch: str,
     previous: str | None = None,
     pushed: Collection[str] = (),
+    before_push: Callable[[str], Awaitable[None]] | None = None,
     max_bytes: int = MAX_BUNDLE,
 ) -> Published:
     """Check a bundle of `workspace.bundle` and push its head to `branch` of the origin, and nothing else.
 
     base_commit, base_branch: of the workspace. previous: the commit this run published before, if it did;
-    pushed: those that its agent pushed there. The bundle is left in place.
+    pushed: others that it, or its agent, may have pushed there. before_push: told the commit; the place to remember
+    it, and to find that this run is somebody else's by now. The bundle is left in place.
 
     The branch must be below `taskyard/` and is never the base branch. It may be new, stand at `previous` or one of
     `pushed`, or at a commit that the result contains (a publication whose answer was lost); anything else on it
@@ -111,6 +113,8 @@ async def publish(
             "rev-list", "--count", commit, *([f"^{base_commit}"] if base_commit is not None else [])
         )
         stats = await diff_stat(mirror, diff_base, commit)
+        if before_push is not None:
+            await before_push(commit)
         await _push(mirror, commit, branch, {*pushed, previous})
         async with mirror.lock():
             await mirror.git("update-ref", f"refs/heads/{branch}", commit)

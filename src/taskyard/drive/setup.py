@@ -15,6 +15,7 @@ from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, OutputGi
 from taskyard.drive.hooks import run_setup
 from taskyard.drive.session import adapter_of, base_environment, start_agent
 from taskyard.drive.snapshot import SnapshotError
+from taskyard.drive.space import no_space
 from taskyard.drive.traffic import open_gateway
 from taskyard.drive.turns import ConversingRun
 from taskyard.drive.variables import environment_of, user_variables
@@ -49,7 +50,7 @@ class PreparingRun(ConversingRun):
             here = await self._attend(self._find_sandbox(own))
         assert self._sandbox is not None
         parts = self.parts
-        self._work = Work(parts.settings, parts.database, self._row, self._sandbox, self.recorder)
+        self._work = self._new_work(self._sandbox)
         here = await self._attend(self._fill_workspace(kept, here=here))
         environment = await self._patiently(lambda: environment_of(parts.database, self._row))
         variables = await self._patiently(lambda: user_variables(parts.settings, parts.database, environment))
@@ -134,6 +135,14 @@ class PreparingRun(ConversingRun):
             ),
         )
 
+    def _new_work(self, sandbox: Sandbox) -> Work:
+        parts = self.parts
+        return Work(parts.settings, parts.database, self._row, sandbox, self.recorder, self._remember_push)
+
+    async def _remember_push(self, commit: str) -> None:
+        await self._patiently(lambda: resume.add_pushed(self.parts.database, self.lease, commit))
+        self._row["pushed"] = [*self._row["pushed"], commit]
+
     async def _fill_workspace(self, kept: Checkpoint | None, *, here: bool) -> bool:
         """Check the repository out, or go on with what is there; whether the sandbox is as it was left."""
         work, keeper, sandbox = self._work, self._keeper, self._sandbox
@@ -150,9 +159,7 @@ class PreparingRun(ConversingRun):
                 log.warning("a sandbox cannot be used again", run=self.run_id, reason=error.detail)
                 await sandbox.destroy()
                 self._sandbox = sandbox = await self.parts.provider.create(self._spec(sandbox.id))
-                self._work = work = Work(
-                    self.parts.settings, self.parts.database, self._row, sandbox, self.recorder
-                )
+                self._work = work = self._new_work(sandbox)
             else:
                 return True
         if repository:
@@ -242,6 +249,15 @@ class PreparingRun(ConversingRun):
         assert self._work is not None
         await self._keeper.note(self._agent.adapter.name, self._agent.session_id, self._work.workspace)
 
+    async def _leave_if_full(self, said: str) -> None:
+        """A full disk is the worker's trouble: the run goes back into the queue, a few times. Raises Leave."""
+        if not await asyncio.to_thread(no_space, self.parts.settings.data_dir, said):
+            return
+        tries = await self._patiently(lambda: resume.count_resume(self.parts.database, self.lease))
+        if tries <= self._limits.max_attempts:
+            log.warning("the disk is full, giving a run back", run=self.run_id, reason=said)
+            raise Leave
+
     @asynccontextmanager
     async def _step(self, step: str, label: str, error_type: ErrorType) -> AsyncIterator[None]:
         """One step of the set-up, shown as progress; its failure is the run's."""
@@ -254,12 +270,14 @@ class PreparingRun(ConversingRun):
         except RunFailure as failure:
             detail = self._shown(failure.message)
             self.recorder.add(entries.progress(self.run_id, step, "failed", label, detail))
+            await self._leave_if_full(failure.message)
             raise
         except TaskyardError as error:
             detail = self._shown(error.detail)
             self.recorder.add(entries.progress(self.run_id, step, "failed", label, detail))
             if isinstance(error, KilledError):
                 raise AgentLost(f"{label} was cut short: {detail}.") from error
+            await self._leave_if_full(error.detail)
             raise RunFailure(error_type, detail) from error
         except Exception:
             self.recorder.add(entries.progress(self.run_id, step, "failed", label, "Internal error"))

@@ -28,6 +28,7 @@ from taskyard.drive.prompt import (
     with_history,
 )
 from taskyard.drive.session import AgentSession
+from taskyard.drive.space import no_space
 from taskyard.drive.traffic import spending
 from taskyard.drive.watch import LOOK_S, WatchedRun
 from taskyard.drive.work import Work
@@ -48,6 +49,8 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 TRIES = 3
+FULL_S, FULL_LOOK_S = 60.0, 2.0
+"""How long publishing waits for space on the disk."""
 
 
 class ConversingRun(WatchedRun):
@@ -190,7 +193,7 @@ class ConversingRun(WatchedRun):
     async def _publish(self, work: Work) -> str | None:
         """Bring new commits to the run's branch; the problem when that failed."""
         try:
-            published = await self._attend(_persistently(work.publish))
+            published = await self._attend(self._persistently(work.publish))
         except LeaseLostError:
             raise
         except TaskyardError as error:
@@ -206,6 +209,24 @@ class ConversingRun(WatchedRun):
             output = {"head_branch": published.branch, "commit_sha": published.commit}
             await self._change(branch=published.branch, merge_output=output)
         return None
+
+    async def _persistently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do something in the sandbox again when it is killed on the way, or the disk is full."""
+        kills, waits = 0, 0
+        while True:
+            try:
+                return await work()
+            except KilledError:
+                kills += 1
+                if kills == TRIES:
+                    raise
+            except TaskyardError as error:
+                waits += 1
+                full = await asyncio.to_thread(no_space, self.parts.settings.data_dir, error.detail)
+                if not full or waits > FULL_S / FULL_LOOK_S:
+                    raise
+                log.warning("the disk is full, trying again", run=self.run_id, reason=error.detail)
+                await asyncio.sleep(FULL_LOOK_S)
 
     def _structured_output(self, agent: AgentSession) -> Json:
         """With a schema on the task: a last message that is fitting JSON becomes the output, and ends the run."""
@@ -298,14 +319,6 @@ class ConversingRun(WatchedRun):
         message = "Run timed out due to inactivity"
         if await self._end_of_work(error_message=message, state={"timed_out_inactivity": True}):
             raise Ended
-
-
-async def _persistently(work: Callable[[], Awaitable[T]]) -> T:
-    """Do something in the sandbox again when it is killed on the way."""
-    for _ in range(TRIES - 1):
-        with suppress(KilledError):
-            return await work()
-    return await work()
 
 
 def _problem(result: PromptResult) -> str | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
 from taskyard.agents.adapters import GATEWAY
 from taskyard.db.engine import Database, Row
 from taskyard.drive import publish as publishing
@@ -11,6 +15,7 @@ from taskyard.drive.publish import Published, branch_name
 from taskyard.drive.recorder import Recorder
 from taskyard.drive.workspace import IDENTITY, Workspace, WorkspaceError
 from taskyard.events import entries
+from taskyard.events.store import LeaseLostError
 from taskyard.forge import service as forge
 from taskyard.forge.git import Mirror, Origin
 from taskyard.gateway.server import GitRepository
@@ -23,8 +28,15 @@ class Work:
     """Where the agent works, and what of it is published. Without a repository nothing is."""
 
     def __init__(
-        self, settings: Settings, database: Database, row: Row, sandbox: Sandbox, recorder: Recorder
+        self,
+        settings: Settings,
+        database: Database,
+        row: Row,
+        sandbox: Sandbox,
+        recorder: Recorder,
+        remember: Callable[[str], Awaitable[None]],
     ) -> None:
+        """`remember` keeps a commit that is about to be pushed, for the next worker. `row` has those as `pushed`."""
         self._settings = settings
         self._database = database
         self._row = row
@@ -41,8 +53,10 @@ class Work:
         # What an earlier worker published of this run.
         ours = output.get("head_branch") == self._branch
         self._published: str | None = output.get("commit_sha") if ours else None
-        self._pushed: set[str] = set()
-        """Commits that the agent pushed there by itself."""
+        self._remember = remember
+        self._pushed: set[str] = set(row["pushed"])
+        """Commits that earlier workers, or the agent by itself, may have pushed there."""
+        self._telling: set[asyncio.Task[None]] = set()
 
     @property
     def path(self) -> str:
@@ -90,8 +104,19 @@ class Work:
         """The repository as the gateway serves it, once it is checked out; None when git inside cannot reach it."""
         if self.origin is None:
             return None
-        name, pushed = self._task["repository"], self._pushed.add
-        return git_repository(name, self.origin, self._branch, self.credentials, pushed)
+        return git_repository(
+            self._task["repository"], self.origin, self._branch, self.credentials, self._agent_pushed
+        )
+
+    def _agent_pushed(self, commit: str) -> None:
+        self._pushed.add(commit)
+        task = asyncio.create_task(self._tell(commit), name="remember a push")
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, commit: str) -> None:
+        with suppress(LeaseLostError):  # noticed by whoever watches the run
+            await self._remember(commit)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -131,6 +156,7 @@ class Work:
                 base_branch=self.workspace.base_branch,
                 previous=self._published,
                 pushed=self._pushed,
+                before_push=self._remember,
             )
         news = published.commit != self._published
         self._published = published.commit

@@ -89,6 +89,23 @@ async def count_resume(database: Database, lease: Lease) -> int:
     return int(row["resumes"])
 
 
+KEPT_PUSHES = 50
+
+
+async def add_pushed(database: Database, lease: Lease, commit: str) -> None:
+    """Remember a commit before it is pushed to the run's branch. Raises LeaseLostError: it must not be pushed then."""
+    row = await database.fetch_one(
+        "UPDATE run_cursors SET pushed = (pushed || %(commit)s::text)[greatest(1, cardinality(pushed) + 2 - %(kept)s):]"
+        " WHERE run_id = %(run)s AND generation = %(generation)s RETURNING 1",
+        run=lease.run_id,
+        generation=lease.generation,
+        commit=commit,
+        kept=KEPT_PUSHES,
+    )
+    if row is None:
+        raise LeaseLostError
+
+
 # --- checkpoints -------------------------------------------------------------------------------------
 
 

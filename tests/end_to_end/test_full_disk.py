@@ -1,0 +1,71 @@
+"""The disk of a worker is full for a while: its runs wait, and none fails. A small file system of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from taskyard.db.engine import Database
+from taskyard.settings import Settings, WorkerSettings
+from taskyard.worker import running_worker
+from tests.conftest import make_settings
+from tests.support.yard import Yard, eventually, open_yard
+
+SCRIPTED = {"agent": "scripted"}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=False, capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip("only root may mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def settings(disk: Path, database_url: str) -> Settings:
+    return make_settings(disk / "data", database_url, worker=WorkerSettings(min_free_mb=8))
+
+
+@pytest.fixture
+async def yard(settings: Settings, database: Database) -> AsyncIterator[Yard]:
+    settings.data_dir.mkdir()
+    async with open_yard(settings, database) as yard:
+        yield yard
+
+
+def fill(disk: Path) -> Path:
+    path = disk / "ballast"
+    with path.open("wb") as file:
+        found = os.statvfs(disk)
+        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize)
+    return path
+
+
+async def test_a_run_waits_until_there_is_space(
+    yard: Yard, settings: Settings, database: Database, disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with running_worker(settings, database):
+        ballast = fill(disk)
+        run = await yard.api().start("WRITE a.txt one\nSAY done", **SCRIPTED)
+        said = ""
+
+        async def output() -> str:
+            nonlocal said
+            said += "".join(capfd.readouterr())
+            return said
+
+        await eventually(output, lambda text: "the disk is full: taking no runs" in text, lambda text: text)
+        assert (await run.fetch())["status"] == "queued"
+        ballast.unlink()
+        body = await run.status("completed", "failed")
+    assert (body["status"], body["error_message"]) == ("completed", None)
