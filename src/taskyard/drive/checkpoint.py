@@ -49,6 +49,8 @@ class Keeper:
         self._task_id = task_id
         self._lock = asyncio.Lock()
         self.newest = newest
+        self.hopeless = False
+        """The newest try failed because of what is in the sandbox: another one will, too."""
 
     async def save(
         self, sandbox: Sandbox, work: Work, adapter: Adapter, session_id: str | None, *, progress: bool
@@ -63,6 +65,7 @@ class Keeper:
             except LeaseLostError:
                 raise
             except (SnapshotError, StorageError, SandboxError, OSError, *AWAY) as error:
+                self.hopeless = isinstance(error, SnapshotError)
                 reason = error.detail if isinstance(error, TaskyardError) else str(error)
                 log.warning("no checkpoint of a run", run=str(self._lease.run_id), reason=reason)
                 return False

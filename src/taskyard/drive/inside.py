@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from taskyard.errors import TaskyardError
 from taskyard.forge.git import config_environment, masked
-from taskyard.sandbox.provider import Exit, KilledError, Mount, Process, Sandbox
+from taskyard.sandbox.provider import Exit, KilledError, Mount, Process, Sandbox, SandboxError
 
 CHUNK = 1024 * 1024
 MAX_OUTPUT = 64 * 1024
@@ -92,6 +92,14 @@ async def run(
     return exit_.code, output, said(exit_)
 
 
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SandboxError(f"a temporary file cannot be written: {error.strerror or error}") from error
+
+
 @contextlib.asynccontextmanager
 async def output_file(
     sandbox: Sandbox,
@@ -106,13 +114,15 @@ async def output_file(
 ) -> AsyncIterator[tuple[Path, Exit, int]]:
     """What a script writes to standard output, in a file of the server's that is removed afterwards.
 
-    Gives the file, how the script ended, and the size in bytes. Raises TooLargeError, TooSlowError.
+    Gives the file, how the script ended, and the size in bytes. Raises TooLargeError, TooSlowError, SandboxError when
+    the file cannot be written.
     """
-    descriptor, name = await asyncio.to_thread(tempfile.mkstemp, suffix, "", folder or sandbox.scratch)
+    with _writing():
+        descriptor, name = await asyncio.to_thread(tempfile.mkstemp, suffix, "", folder or sandbox.scratch)
     path = Path(name)
     try:
         size = 0
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
             try:
                 async with (
                     asyncio.timeout(timeout),
@@ -122,7 +132,8 @@ async def output_file(
                         size += len(chunk)
                         if size > max_bytes:
                             raise TooLargeError(f"more than {max_bytes / 2**20:g} MB")
-                        await asyncio.to_thread(file.write, chunk)
+                        with _writing():
+                            await asyncio.to_thread(file.write, chunk)
                     exit_ = checked(await process.wait())
             except TimeoutError:
                 raise TooSlowError(f"longer than {timeout:g} seconds") from None

@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 TRIES = 3
 FULL_S, FULL_LOOK_S = 60.0, 2.0
-"""How long publishing waits for space on the disk."""
+"""How long publishing waits for space on the disk, and a checkpoint for that or for a storage that is away."""
 
 
 class ConversingRun(WatchedRun):
@@ -135,7 +135,7 @@ class ConversingRun(WatchedRun):
         elif failed_publish is not None and not self._interactive:
             failure = ("publish_failed", failed_publish)
         output = self._structured_output(agent) if stop_reason == "end_turn" and failure is None else {}
-        saved = await self._keep_state(progress=True)
+        saved = await self._attend(self._keep_surely())
         self._idle_s = 0.0
         await self._end_turn(
             replace(
@@ -259,6 +259,16 @@ class ConversingRun(WatchedRun):
             self._agent.session_id or None,
             progress=progress,
         )
+
+    async def _keep_surely(self) -> bool:
+        """The same at the end of a turn: the work since the last one must not be lost because something is away."""
+        end = self._loop.time() + FULL_S
+        while not (saved := await self._keep_state(progress=True)):
+            if self._keeper is None or self._keeper.hopeless or self._loop.time() > end:
+                break
+            await self._patiently(lambda: self.parts.database.fetch("SELECT 1"))
+            await asyncio.sleep(FULL_LOOK_S)
+        return saved
 
     async def _is_kept(self) -> bool:
         """Whether nothing is lost when the sandbox goes."""
