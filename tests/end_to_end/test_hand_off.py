@@ -76,7 +76,7 @@ async def test_a_local_run_begins_in_the_cloud(live: Yard) -> None:
 
 async def test_resumed_while_the_old_worker_cleans_up(live: Yard) -> None:
     run = await live.api().start("IGNORE_SIGTERM\nSAY first\nSLEEP 60", **INTERACTIVE)
-    await run.logged("first")
+    await eventually(run.stream_text, lambda text: "agent_message_chunk" in text, lambda text: text)
     await run.cancel()
     ok(await run.api.post(run.path("resume_in_cloud/")))
     await run.command("user_message", content="SAY second")

@@ -25,6 +25,7 @@ async def cutting_proxy(
     to = urlsplit(upstream)
     chance = random.Random(seed)
     tasks: set[asyncio.Task[None]] = set()
+    writers: list[asyncio.StreamWriter] = []
 
     async def up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
@@ -36,6 +37,7 @@ async def cutting_proxy(
         proxy.connections += 1
         left, reset = room(chance), chance.random() < 0.5
         server_reader, server_writer = await asyncio.open_connection(to.hostname, to.port)
+        writers.append(server_writer)
         upwards = asyncio.create_task(up(reader, server_writer))
         try:
             with suppress(ConnectionError):
@@ -53,8 +55,10 @@ async def cutting_proxy(
             upwards.cancel()
             server_writer.close()
             writer.close()
+            await asyncio.wait({upwards})
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         task = asyncio.create_task(handle(reader, writer))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -69,3 +73,6 @@ async def cutting_proxy(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
