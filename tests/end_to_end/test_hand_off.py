@@ -36,7 +36,7 @@ async def test_there_and_back(live: Yard, shop: Path, repository: str) -> None:
     run = await live.api().start(
         "WRITE a.txt from the cloud\nSAY before\nSLEEP 60", repository=repository, **INTERACTIVE
     )
-    await run.logged("before")
+    await eventually(run.stream_text, lambda text: "agent_message_chunk" in text, lambda text: text)
     streaming = asyncio.ensure_future(run.stream())
     body = await run.patch(environment="local")
     assert (body["environment"], body["status"], body["completed_at"]) == ("local", "in_progress", None)
@@ -110,7 +110,7 @@ async def test_an_output_completes_a_driven_run(live: Yard, shop: Path, reposito
     )
     started = ok(await api.post(f"tasks/{task['id']}/run/", {"agent": "scripted"}))["latest_run"]
     run = Run(api, task["id"], started["id"])
-    await run.logged("busy")
+    await eventually(run.stream_text, lambda text: "agent_message_chunk" in text, lambda text: text)
     body = ok(await api.patch(run.path("set_output/"), {"output": {"answer": 42}}))
     assert (body["status"], body["output"]) == ("in_progress", {"answer": 42})
     body = await run.status("completed", "failed")
