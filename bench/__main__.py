@@ -106,12 +106,27 @@ class Bench:
         await self.measure("get task", 2000, get)
         await self.measure("get task, 8 connections", 3000, get, at_once=8)
         await self.measure("list 100 tasks", 200, list_100)
+        await self.measure("append 100 log entries", 200, await self.appending())
         await self.measure("change -> subscriber", 200, await self.subscribed())
         await self.call("PATCH", self._subscribed, json={"status": "cancelled"})
         await self._reader
         await self.measure("create + start run -> first agent event", 20, self.first_event)
         await self.measure("runs to completion, 8 at once", 40, self.completed_run, at_once=8)
         await self.client.aclose()
+
+    async def appending(self) -> Callable[[int], Awaitable[None]]:
+        """Appends to the log of a run that is driven from outside, 100 entries of some 300 bytes each."""
+        task = await self.call("POST", "tasks/", json={"title": "Outside"})
+        run = await self.call("POST", f"tasks/{task['id']}/runs/", json={"environment": "local"})
+        update = {"sessionUpdate": "agent_message", "content": {"type": "text", "text": "words " * 20}}
+        note = {"jsonrpc": "2.0", "method": "session/update", "params": {"sessionId": "s", "update": update}}
+        entry = {"type": "notification", "timestamp": "2026-01-01T00:00:00.000Z", "notification": note}
+        body = {"entries": [entry] * 100}
+
+        async def append(_: int) -> None:
+            await self.call("POST", f"tasks/{task['id']}/runs/{run['id']}/append_log/", json=body)
+
+        return append
 
     async def start(self, script: str) -> tuple[str, str]:
         task = await self.call("POST", "tasks/", json={"description": script})

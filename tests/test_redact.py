@@ -88,10 +88,12 @@ def test_longer_secrets_come_first_and_each_is_counted() -> None:
 
 def test_the_beginning_of_a_secret_at_the_end() -> None:
     redactor = Redactor(["s3cret-value"])
-    assert redactor.unfinished("so s3cr") == 4
-    assert redactor.unfinished("so s3cret-value") == 0
-    assert redactor.unfinished("nothing") == 0
-    assert Redactor().unfinished("s3cr") == 0
+    assert redactor.unfinished("so s3cr") == (4, False)
+    assert redactor.unfinished("so s3cret") == (6, True)
+    assert redactor.unfinished("so s3cret-value") == (0, False)
+    assert redactor.unfinished("nothing") == (0, False)
+    assert Redactor().unfinished("s3cret") == (0, False)
+    assert Redactor(["tiger"]).unfinished("ti") == (2, True)
 
 
 def test_short_values_are_no_secrets() -> None:

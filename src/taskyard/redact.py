@@ -20,6 +20,8 @@ from pydantic import BaseModel, SecretStr
 MASK = "***"
 MIN_CHARS = 4
 """Shorter values stand in too many texts by chance."""
+MANY = 6
+"""Of a secret, so many characters at its beginning are not shown."""
 MIN_LINE = 16
 """Lines of a longer secret, such as a private key, count by themselves from this length on."""
 _NAMED = re.compile(
@@ -110,15 +112,18 @@ class Redactor:
                 return {self.value(key): self.value(item) for key, item in value.items()}
         return value
 
-    def unfinished(self, text: str) -> int:
-        """How many characters at the end of a text may be the beginning of a secret that goes on in the next piece."""
-        longest = 0
+    def unfinished(self, text: str) -> tuple[int, bool]:
+        """How many characters at the end of a text may be the beginning of a secret that goes on in the next piece.
+
+        And whether they are so many that they must not be shown before it is known; a few tell nobody anything.
+        """
+        longest, much = 0, False
         for form in self._forms:
             for size in range(min(len(form) - 1, len(text)), longest, -1):
                 if text.endswith(form[:size]):
-                    longest = size
+                    longest, much = size, size >= min(MANY, len(form) // 2)
                     break
-        return longest
+        return longest, much
 
 
 def _parts(secrets: Iterable[str]) -> list[str]:

@@ -117,15 +117,34 @@ def test_a_message_without_end_is_kept_in_pieces(monkeypatch: pytest.MonkeyPatch
     assert sink.seen(Shown.LOG)[1:] == [("agent_message", "3")]
 
 
-def test_a_secret_across_chunks_is_not_streamed() -> None:
+def streamed(*chunks: str) -> list[str]:
+    """What is streamed of these chunks, with `s3cret-value` as the secret; the last is the end of the message."""
     sink = Sink()
     transcript = Transcript(sink, Redactor(["s3cret-value"]))  # type: ignore[arg-type]
-    for text in ("It is s3c", "ret", "-value, s3", "cond"):
+    for text in chunks:
         transcript.update(chunk(text, "1"))
-    transcript.update(chunk(" s3cr", "1"))
+    seen = [text for _, text in sink.seen(Shown.STREAM)]
     transcript.end_text()
-    streamed = [text for _, text in sink.seen(Shown.STREAM)]
-    assert "".join(streamed) == "It is ***, s3cond s3cr"
-    assert "".join(streamed[:1]) == "It is "
-    assert sink.seen(Shown.LOG) == [("agent_message", "It is ***, s3cond s3cr")]
-    assert all("s3cret" not in entry.data for entry in sink.entries)
+    whole = [text for _, text in sink.seen(Shown.STREAM)]
+    assert all("cret-value" not in entry.data for entry in sink.entries)
+    assert sink.seen(Shown.LOG) == [("agent_message", "".join(chunks).replace("s3cret-value", "***"))]
+    return [*seen, "".join(whole[len(seen) :])]
+
+
+def test_a_secret_across_chunks_is_not_streamed() -> None:
+    assert streamed("It is s3cret", "-val", "ue, yes") == ["It is ", "***, yes", ""]
+    assert streamed("s3cret", "-val", "id") == ["s3cret-valid", ""]
+    # A short beginning is shown, for nobody should wait for the rest of a word; the rest of a secret is not.
+    assert streamed("It is s3", "cret-value.") == ["It is s3", "***.", ""]
+    assert streamed("It is s3", "cr", "et-val", "ue") == ["It is s3", "cr", "***", ""]
+    assert streamed("s", "3", "s", "3cond") == ["s", "3", "s", "3cond", ""]
+    assert streamed("the end s3cret-") == ["the end ", "s3cret-"]
+
+
+@pytest.mark.parametrize("size", range(1, 14))
+def test_a_secret_in_pieces_of_any_size(size: int) -> None:
+    said = "s3cret-value and s3cret-value, not s3cret-valid"
+    pieces = [said[at : at + size] for at in range(0, len(said), size)]
+    shown = "".join(streamed(*pieces))
+    assert shown.count("***") == 2
+    assert shown.endswith(", not s3cret-valid")

@@ -29,6 +29,8 @@ class Transcript:
         self._secrets = secrets or Redactor()
         self._held = ""
         """The end of what was said: it may be the beginning of a secret, so it is shown with the next piece."""
+        self._begun = ""
+        """The same, but so short that it was shown; the rest of the secret will not be."""
         self._kind = ""
         self._message_id: str | None = None
         self._session_id = ""
@@ -76,7 +78,7 @@ class Transcript:
         if not self._parts:
             return
         if self._held:
-            held, self._held = self._held, ""
+            held = self._held
             chunk = {"sessionUpdate": self._kind, "content": {"type": "text", "text": held}}
             if self._message_id is not None:
                 chunk["messageId"] = self._message_id
@@ -88,12 +90,17 @@ class Transcript:
             self.last_message = text
         self._recorder.add(entries.session_update(self._session_id, update, Shown.LOG))
         self._kind, self._message_id, self._parts, self._size = "", None, [], 0
+        self._held = self._begun = ""
 
     def _show(self, params: Json, text: str) -> None:
         """Show one chunk live. Secrets may lie across chunks, so it is another one than the agent's at times."""
-        all_ = self._secrets.text(self._held + text)
-        size = self._secrets.unfinished(all_)
-        shown, self._held = all_[: len(all_) - size], all_[len(all_) - size :]
+        clean = self._secrets.text(self._begun + self._held + text)
+        size, much = self._secrets.unfinished(clean)
+        # Else a secret began in what was shown, and is a mask by now.
+        new = clean.removeprefix(self._begun)
+        end = len(new) - (min(size, len(new)) if much else 0)
+        shown, self._held = new[:end], new[end:]
+        self._begun = clean[len(clean) - size : len(clean) - len(self._held)]
         if shown != text:
             if not shown:
                 return
