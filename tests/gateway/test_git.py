@@ -249,8 +249,14 @@ async def test_a_large_negotiation_is_compressed(server: GitServer, tmp_path: Pa
     """git compresses long lists of what it has; the body passes as it is."""
     async with inside(server, tmp_path / "agent") as agent:
         await agent.clone()
-        for number in range(60):
-            run_git(agent.folder, "commit", "--quiet", "--allow-empty", "--message", str(number))
+        # Each a second later than the one before: git offers the newest first, and ends when one is known.
+        begun = int(run_git(agent.folder, "log", "-1", "--format=%ct")) + 1
+        commits = "".join(
+            f"commit refs/heads/main\ncommitter Me <me@example.org> {begun + number} +0000\ndata 1\nx\n"
+            + ("from refs/heads/main^0\n" if number == 0 else "")
+            for number in range(60)
+        )
+        run_git(agent.folder, "fast-import", "--quiet", data=commits.encode())
         other = tmp_path / "other"
         run_git(tmp_path, "clone", "--quiet", str(agent.bare), str(other))
         commit = commit_file(other, "new", "1")
