@@ -22,6 +22,8 @@ from taskyard.settings import AgentSettings, Settings
 
 Json = dict[str, Any]
 
+DEFAULT_AGENT = "claude"
+"""The agent of a run that names none."""
 GATEWAY = "http://127.0.0.1:3128"
 """The gateway as seen inside a sandbox."""
 DUMMY_KEY = "taskyard-gateway"

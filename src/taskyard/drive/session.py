@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import PurePosixPath
 from typing import Any
-
-import structlog
 
 from taskyard.agents.acp import (
     AcpConnection,
     AcpError,
     AgentGoneError,
     PromptResult,
-    ProtocolVersionError,
     Session,
 )
 from taskyard.agents.adapters import (
-    GATEWAY,
     Adapter,
-    AgentNotInstalledError,
-    adapters,
-    choose_mode,
-    option_for,
 )
-from taskyard.db.engine import Database, Row
-from taskyard.drive.failures import AgentLost, RunFailure, with_tail
-from taskyard.drive.inside import checked
+from taskyard.drive.failures import with_tail
 from taskyard.drive.permissions import Permissions
-from taskyard.drive.recorder import Recorder
-from taskyard.drive.traffic import open_gateway
 from taskyard.drive.transcript import Transcript
-from taskyard.drive.work import Work
-from taskyard.environments.mcp import UnknownVariableError, for_agent
-from taskyard.errors import TaskyardError
-from taskyard.events import entries
 from taskyard.gateway.server import Gateway, Usage
-from taskyard.sandbox.programs import program_mounts
-from taskyard.sandbox.provider import Process, Sandbox
-from taskyard.settings import Settings
+from taskyard.sandbox.provider import Process
 
-log = structlog.get_logger()
 Json = dict[str, Any]
 
-DEFAULT_AGENT = "claude"
 CLOSE_SESSION_S = 2.0
 EXIT_S = 10.0
 """An agent whose output has ended has this long to end itself."""
@@ -65,7 +44,7 @@ class AgentSession:
     ) -> None:
         self.adapter = adapter
         self._process = process
-        self._connection = connection
+        self.connection = connection
         self._gateway = gateway
         self._transcript = transcript
         self._closed = False
@@ -96,7 +75,7 @@ class AgentSession:
 
     @property
     def last_message_at(self) -> float:
-        return self._connection.last_message_at
+        return self.connection.last_message_at
 
     @property
     def last_message(self) -> str:
@@ -109,21 +88,21 @@ class AgentSession:
         self._transcript.begin_turn()
         self.prompted = True
         try:
-            return await self._connection.prompt(self.session_id, blocks)
+            return await self.connection.prompt(self.session_id, blocks)
         finally:
             self._transcript.end_text()
 
     async def cancel(self) -> None:
         with suppress(AgentGoneError):
-            await self._connection.cancel(self.session_id)
+            await self.connection.cancel(self.session_id)
 
     async def set_config_option(self, config_id: str, value: str) -> Sequence[Json]:
         """Set one of the session's options; `mode` also works for agents that list modes only."""
         known = any(option.get("id") == config_id for option in self.session.config_options)
         if config_id == "mode" and not known:
-            await self._connection.set_mode(self.session_id, value)
+            await self.connection.set_mode(self.session_id, value)
             return self.session.config_options
-        return await self._connection.set_config_option(self.session_id, config_id, value)
+        return await self.connection.set_config_option(self.session_id, config_id, value)
 
     def stderr_tail(self) -> str:
         return self._process.stderr_tail()
@@ -164,256 +143,11 @@ class AgentSession:
             # Some agents' commands survive a cancel and end with the session.
             with suppress(TimeoutError, AcpError, AgentGoneError):
                 async with asyncio.timeout(CLOSE_SESSION_S):
-                    await self._connection.close_session(self.session_id)
-        await self._connection.close()
+                    await self.connection.close_session(self.session_id)
+        await self.connection.close()
         await self._process.terminate(self.adapter.exit_grace_s)
         await self._gateway.close()
 
     async def _watch_end(self) -> None:
-        await self._connection.wait_ended()
+        await self.connection.wait_ended()
         self.gone = True
-
-
-async def start_agent(
-    settings: Settings,
-    database: Database,
-    row: Row,
-    sandbox: Sandbox,
-    work: Work,
-    recorder: Recorder,
-    environment: Row | None,
-    variables: Mapping[str, str],
-    *,
-    session_id: str | None = None,
-    asked: Sequence[Json] = (),
-    on_budget: Callable[[str], None] | None = None,
-) -> AgentSession:
-    """Start the run's agent in its sandbox and open a session, each step within `runs.start_s`.
-
-    environment, variables: the run's sandbox environment, and its variables. session_id: of an earlier session whose
-    files are in the sandbox; a new one is opened when the agent cannot go on with it. asked: permission requests of
-    that session that were not answered. on_budget: called once, with a sentence, when the run's budget is used up.
-
-    Raises RunFailure: environment_failed, agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
-    agent_refused. Raises AgentLost when the process was killed from outside.
-    """
-    state = row["state"]
-    adapter = adapter_of(settings, state)
-    try:
-        servers = for_agent(environment["mcp_servers"] if environment else (), variables)
-    except UnknownVariableError as error:
-        raise RunFailure("environment_failed", str(error)) from error
-    git = [] if work.served is None else [work.served]
-    agent: AgentSession | None = None
-    try:
-        async with asyncio.timeout(settings.runs.start_s):
-            gateway = await open_gateway(
-                settings, database, row, environment, recorder, git=git, on_budget=on_budget
-            )
-            agent = await _spawn(gateway, adapter, variables, row, sandbox, work, recorder, asked)
-            title = row["task"]["title"] or "Taskyard run"
-            await _open(agent, adapter, state, title, work.path, recorder, session_id, servers)
-    except AgentGoneError as error:
-        assert agent is not None
-        message = await agent.obituary(f"The agent '{adapter.name}' ended before it was ready")
-        if await agent.was_killed():
-            raise AgentLost(message) from error
-        raise RunFailure("agent_start_failed", message) from error
-    except TimeoutError as error:
-        tail = agent.stderr_tail() if agent else ""
-        message = f"The agent '{adapter.name}' was not ready after {settings.runs.start_s:g} seconds."
-        raise RunFailure("agent_start_timeout", with_tail(message, tail)) from error
-    except (AcpError, ProtocolVersionError) as error:
-        assert agent is not None
-        reason = error.message if isinstance(error, AcpError) else error.detail
-        message = f"The agent '{adapter.name}' refused to start a session: {reason}"
-        raise RunFailure("agent_refused", with_tail(message, agent.stderr_tail())) from error
-    else:
-        started, agent = agent, None
-        return started
-    finally:
-        if agent is not None:
-            await asyncio.shield(agent.close())
-
-
-def adapter_of(settings: Settings, state: Mapping[str, Any]) -> Adapter:
-    """The adapter of a run's agent. Raises RunFailure: agent_unknown."""
-    name = state.get("agent") or state.get("runtime_adapter") or DEFAULT_AGENT
-    adapter = adapters(settings).get(name)
-    if adapter is None:
-        raise RunFailure(
-            "agent_unknown", f"This worker has no agent '{name}'. `taskyard agents list` shows them."
-        )
-    return adapter
-
-
-async def _spawn(
-    gateway: Gateway,
-    adapter: Adapter,
-    variables: Mapping[str, str],
-    row: Row,
-    sandbox: Sandbox,
-    work: Work,
-    recorder: Recorder,
-    asked: Sequence[Json],
-) -> AgentSession:
-    """Start the process. The gateway is its own from now on."""
-    state, run_id = row["state"], str(row["id"])
-    try:
-        argv, mounts = program_mounts(adapter.argv())
-        env = {**variables, **_environment(adapter, row, sandbox, work)}  # the server's own names win
-        await _write_files(adapter, sandbox)
-        process = await sandbox.exec(
-            argv, env=env, cwd=work.path, stdin=True, mounts=mounts, on_listener=gateway.serve
-        )
-    except AgentNotInstalledError as error:
-        await asyncio.shield(gateway.close())
-        raise RunFailure("agent_not_installed", error.detail) from error
-    except BaseException:
-        await asyncio.shield(gateway.close())
-        raise
-    assert process.stdin is not None
-    transcript = Transcript(recorder, recorder.secrets)
-    permissions = Permissions(
-        recorder,
-        mode=state.get("initial_permission_mode") or adapter.default_mode or "",
-        attended=state.get("mode") == "interactive",
-        asked=asked,
-    )
-    connection = AcpConnection(
-        process.stdout,
-        process.stdin,
-        on_update=transcript.update,
-        on_request=permissions.answer,
-        on_traffic=transcript.traffic,
-        on_noise=lambda text: recorder.add(entries.console(run_id, "debug", text)),
-        before_read=recorder.room,
-    )
-    return AgentSession(adapter, process, connection, gateway, transcript, permissions)
-
-
-async def _open(
-    agent: AgentSession,
-    adapter: Adapter,
-    state: Mapping[str, Any],
-    title: str,
-    cwd: str,
-    recorder: Recorder,
-    session_id: str | None,
-    servers: Sequence[Json],
-) -> None:
-    """Handshake, session, title, permission mode, model and effort."""
-    connection = agent._connection
-    answer = await connection.initialize(adapter.initialize_meta)
-    info = answer.get("agentInfo")
-    agent.version = str(info.get("version", "")) if isinstance(info, dict) else ""
-    usable = [server for server in servers if connection.takes(server)]
-    session = await _earlier_session(agent, adapter, session_id, cwd, usable) if session_id else None
-    agent.loaded = session is not None
-    if session is None:
-        session = await connection.new_session(cwd, usable, meta=adapter.new_session_meta)
-    agent.session = session
-    await connection.set_title(session.id, title)
-
-    def note(text: str) -> None:
-        recorder.add(entries.console(session.id, "warn", text))
-
-    for server in servers:
-        if server not in usable:
-            note(f"The agent takes no MCP servers over {server['type']}: it does without '{server['name']}'.")
-    asked = state.get("initial_permission_mode")
-    mode = choose_mode(session, *adapter.wanted_modes(asked))
-    if mode is not None:
-        await connection.set_mode(session.id, mode)
-    elif asked:
-        note(f"The agent has no permission mode '{asked}'; it runs in its own, '{session.current_mode}'.")
-    for config_id, value in adapter.mode_options.get(asked or adapter.default_mode or "", {}).items():
-        if any(option.get("id") == config_id for option in session.config_options):
-            await connection.set_config_option(session.id, config_id, value)
-    for choice, key in (("model", "model"), ("effort", "reasoning_effort")):
-        if wanted := state.get(key):
-            # What the environment has set already need not be an option; another program may not read it.
-            told = f"{{{choice}}}" in str(adapter.launch_env)
-            quiet = _ignore if told else note
-            await _choose(connection, session, adapter.options.get(choice, ""), str(wanted), quiet)
-
-
-async def _earlier_session(
-    agent: AgentSession, adapter: Adapter, session_id: str, cwd: str, servers: Sequence[Json]
-) -> Session | None:
-    """The session that is to go on; None when the agent does not know it, or cannot do that."""
-    try:
-        return await agent._connection.load_session(session_id, cwd, servers, meta=adapter.new_session_meta)
-    except AcpError as error:
-        log.info("an agent does not go on with its session", agent=adapter.name, reason=error.message)
-        return None
-
-
-def _ignore(_: str) -> None:
-    pass
-
-
-async def _choose(
-    connection: AcpConnection, session: Session, category: str, wanted: str, note: Callable[[str], None]
-) -> None:
-    """Set a config option by its category, where the session offers the value."""
-    option = option_for(session, category)
-    if option is None or wanted not in option.values:
-        note(f"The agent does not offer {category} '{wanted}'; it keeps its own.")
-    elif option.current != wanted:
-        await connection.set_config_option(session.id, option.id, wanted)
-
-
-def base_environment(row: Row, work: Work) -> dict[str, str]:
-    """What every program of a run finds in its environment (run-lifecycle §5.1). No credential is among it."""
-    name, email = work.author
-    env = {
-        "POSTHOG_PROJECT_ID": str(row["project_id"]),
-        "POSTHOG_TASK_ID": str(row["task_id"]),
-        "POSTHOG_TASK_RUN_ID": str(row["id"]),
-        "GIT_AUTHOR_NAME": name,
-        "GIT_AUTHOR_EMAIL": email,
-        "GIT_COMMITTER_NAME": name,
-        "GIT_COMMITTER_EMAIL": email,
-        "LLM_GATEWAY_URL": GATEWAY,
-        "HTTP_PROXY": GATEWAY,
-        "HTTPS_PROXY": GATEWAY,
-        "http_proxy": GATEWAY,
-        "https_proxy": GATEWAY,
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
-        **work.variables,
-    }
-    if previous := row["state"].get("resume_from_run_id"):
-        env["POSTHOG_RESUME_RUN_ID"] = str(previous)
-    return env
-
-
-def _environment(adapter: Adapter, row: Row, sandbox: Sandbox, work: Work) -> dict[str, str]:
-    """The same for the agent, with what its adapter needs."""
-    state = row["state"]
-    env = base_environment(row, work) | adapter.environment(state.get("model"), state.get("reasoning_effort"))
-    if adapter.state_env and adapter.state_dir:
-        env[adapter.state_env] = f"{sandbox.home}/{adapter.state_dir}"
-    return env
-
-
-async def _write_files(adapter: Adapter, sandbox: Sandbox) -> None:
-    """The adapter's small configuration files, written inside the sandbox, as everything there is."""
-    if adapter.state_dir is None:
-        return
-    folder = PurePosixPath(sandbox.home) / adapter.state_dir
-    for name, text in {".keep": "", **adapter.files}.items():
-        target = folder / name
-        script = 'mkdir -p "$(dirname "$1")" && cat > "$1"'
-        process = await sandbox.exec(["sh", "-c", script, "sh", str(target)], stdin=True)
-        assert process.stdin is not None
-        process.stdin.write(text.encode())
-        process.stdin.close()
-        end = checked(await process.wait())
-        if end.code != 0:
-            raise SandboxWriteError(f"cannot write {target} in the sandbox: {end.stderr_tail.strip()}")
-
-
-class SandboxWriteError(TaskyardError):
-    """A file could not be written in the sandbox."""

@@ -13,9 +13,9 @@ from taskyard.db.engine import Row
 from taskyard.drive.checkpoint import Keeper, base_of
 from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, OutputGiven, RunFailure
 from taskyard.drive.hooks import run_setup
-from taskyard.drive.session import adapter_of, base_environment, start_agent
 from taskyard.drive.snapshot import SnapshotError
 from taskyard.drive.space import no_space
+from taskyard.drive.start import adapter_of, base_environment, start_agent
 from taskyard.drive.traffic import open_gateway
 from taskyard.drive.turns import ConversingRun
 from taskyard.drive.variables import environment_of, user_variables

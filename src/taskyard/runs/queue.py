@@ -16,6 +16,7 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
+from taskyard.agents.adapters import DEFAULT_AGENT
 from taskyard.db.engine import Connection, Database
 from taskyard.db.hub import QUEUE
 from taskyard.jobs import enqueue_drive
@@ -23,8 +24,6 @@ from taskyard.runs import lifecycle, store
 from taskyard.runs.workers import DEFAULT_POOL, LIVE, Worker
 from taskyard.settings import Settings
 
-DEFAULT_AGENT = "claude"
-"""The agent of a run that names none."""
 _LOCK = 7_307_411
 """Key of the advisory lock under which runs are taken and found lost."""
 
