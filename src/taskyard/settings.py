@@ -151,6 +151,9 @@ class Upstream(Area):
 
 VENDORS = {"anthropic": "https://api.anthropic.com", "openai": "https://api.openai.com"}
 
+KEY_VARIABLES = {"anthropic": "ANTHROPIC_API_KEY", "openai": "OPENAI_API_KEY"}
+"""Where the vendors' own tools look for a key."""
+
 
 class ModelSettings(Area):
     """Where model traffic goes."""
@@ -372,10 +375,8 @@ def config_file() -> Path:
 def server_secrets(settings: Settings) -> list[str]:
     """Every secret that the server itself has, as far as it can be read: for what must not be shown."""
     found = list(secrets_of(settings))
-    for upstream, variable in (
-        (settings.models.anthropic, "ANTHROPIC_API_KEY"),
-        (settings.models.openai, "OPENAI_API_KEY"),
-    ):
+    for name, variable in KEY_VARIABLES.items():
+        upstream: Upstream = getattr(settings.models, name)
         with suppress(OSError, UnicodeDecodeError):  # whoever needs the key says what is wrong with its file
             if key := upstream.key(variable):
                 found.append(key)

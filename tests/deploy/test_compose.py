@@ -18,8 +18,9 @@ from pydantic import BaseModel
 
 from taskyard.settings import Settings
 from tests.support.compose import DEADLINE_S, DEPLOY, Processes, Service, services
-from tests.support.machines import statuses, until
+from tests.support.machines import statuses
 from tests.support.s3_keeper import free_ports
+from tests.support.site import until
 from tests.support.yard import parse_frames
 
 Json = dict[str, Any]

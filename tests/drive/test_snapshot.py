@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ class Kept:
     head: str
 
 
-async def pieces(content: bytes) -> AsyncIterator[bytes]:
+async def pieces(content: bytes) -> AsyncGenerator[bytes, None]:
     for at in range(0, len(content), 10_000):
         yield content[at : at + 10_000]
 
@@ -69,7 +69,7 @@ async def bring(desk: Desk, hut: Hut, kept: Kept) -> Desk:
     assert desk.sandbox is not old
     await desk.clone()
     desk.workspace = workspace
-    async with aclosing(pieces(kept.content)) as content:  # type: ignore[type-var]
+    async with aclosing(pieces(kept.content)) as content:
         await bring_workspace(desk.sandbox, workspace, kept.hash, kept.head, content, desk.mirror)
     return desk
 

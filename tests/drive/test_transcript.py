@@ -41,9 +41,9 @@ def chunk(text: str, message_id: str | None = None, kind: str = "agent_message_c
     return {"sessionId": "s", "update": update}
 
 
-def made() -> tuple[Sink, Transcript]:
+def made(*secrets: str) -> tuple[Sink, Transcript]:
     sink = Sink()
-    return sink, Transcript(sink)  # type: ignore[arg-type]
+    return sink, Transcript(sink, Redactor(secrets))  # type: ignore[arg-type] # a sink is all of a recorder it needs
 
 
 def test_chunks_are_streamed_and_joined_for_the_log() -> None:
@@ -119,8 +119,7 @@ def test_a_message_without_end_is_kept_in_pieces(monkeypatch: pytest.MonkeyPatch
 
 def streamed(*chunks: str) -> list[str]:
     """What is streamed of these chunks, with `s3cret-value` as the secret; the last is the end of the message."""
-    sink = Sink()
-    transcript = Transcript(sink, Redactor(["s3cret-value"]))  # type: ignore[arg-type]
+    sink, transcript = made("s3cret-value")
     for text in chunks:
         transcript.update(chunk(text, "1"))
     seen = [text for _, text in sink.seen(Shown.STREAM)]

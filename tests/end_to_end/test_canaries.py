@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,7 +12,7 @@ import psycopg
 
 from taskyard.db.embedded import running_url
 from tests.support.repositories import make_repository
-from tests.support.site import DEADLINE_S, Site, running_site, taskyard
+from tests.support.site import Site, running_site, taskyard, until
 
 SEARCH = r"""
 import os, re
@@ -127,7 +126,7 @@ def test_canaries(tmp_path: Path) -> None:
         waiting = start(
             site, f"SHELL echo $THEIR_TOKEN > kept.txt\nSAY {pasted}\nSLEEP 600", sandbox_environment_id=other
         )
-        waits_for_turn(site, waiting)
+        until(lambda: site.call("GET", f"{waiting}logs/").text, lambda log: "kept.txt" in log, str)
         search = base64.b64encode(SEARCH.encode()).decode()
         path = start(
             site,
@@ -166,10 +165,3 @@ def test_canaries(tmp_path: Path) -> None:
                 assert form not in text, f"canary {number} is in the {place} as {form!r}"
     assert pasted in shown["database"], "the dump reads what it has to"
     assert taskyard(data, "config", **planted).stdout.count("CANARY") == 0
-
-
-def waits_for_turn(site: Site, path: str) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while "kept.txt" not in site.call("GET", f"{path}logs/").text:
-        assert time.monotonic() < end, "the other run did not begin its work"
-        time.sleep(0.1)

@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 from tests.support import s3_keeper
-from tests.support.machines import Machines, WorkerProcess, statuses, until
+from tests.support.machines import Machines, WorkerProcess, statuses
 from tests.support.s3 import BUCKET
-from tests.support.site import DEADLINE_S, Site
+from tests.support.site import DEADLINE_S, Site, until
 from tests.support.yard import said
 
 

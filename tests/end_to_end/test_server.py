@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -23,14 +21,8 @@ from tests.support.site import (
     running_site,
     running_worker_process,
     taskyard,
+    until,
 )
-
-
-def wait_for(true: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not true():
-        assert time.monotonic() < end, f"waited {DEADLINE_S:g} s for {what}"
-        time.sleep(0.05)
 
 
 def test_first_and_second_start(tmp_path: Path) -> None:
@@ -83,9 +75,9 @@ def test_a_second_signal_hands_over_at_once(tmp_path: Path) -> None:
     task = site.call("POST", "tasks/", json={"description": "SLEEP 8\nSAY still here"}).json()
     run = site.call("POST", f"tasks/{task['id']}/run/", json={"agent": "scripted"}).json()["latest_run"]
     path = f"tasks/{task['id']}/runs/{run['id']}/"
-    wait_for(lambda: "_posthog/run_started" in site.call("GET", f"{path}logs/").text, "the agent")
+    until(lambda: site.call("GET", f"{path}logs/").text, lambda log: "_posthog/run_started" in log, str)
     site.process.send_signal(signal.SIGINT)
-    wait_for(lambda: "waiting for turns to end" in site.said(), "the drain")
+    until(site.said, lambda said: "waiting for turns to end" in said, str)
     # One signal does not count twice, and clients are answered as long as anything goes on.
     assert site.call("GET", path).json()["status"] == "in_progress"
     assert "stopping at once" not in site.said()
@@ -200,7 +192,7 @@ def test_it_takes_all_the_descriptors_it_may_have(tmp_path: Path, database_url: 
         narrow, env=environment(data, TASKYARD_DATABASE_URL=database_url), cwd=tmp_path
     )
     try:
-        wait_for((data / "server.json").exists, "the API")
+        until((data / "server.json").exists, bool, lambda _: "server.json of the API")
         limits = Path(f"/proc/{process.pid}/limits").read_text()
         [line] = [line for line in limits.splitlines() if line.startswith("Max open files")]
         assert line.split()[3:5] == [str(most), str(most)]

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -213,9 +214,9 @@ async def test_a_key_in_a_file_is_read_anew(tmp_path: Path, monkeypatch: pytest.
         ("none", None, None),
     ],
 )
-async def test_ways_to_take_a_key(auth: str | None, header: str | None, value: str | None) -> None:
+async def test_ways_to_take_a_key(auth: Any, header: str | None, value: str | None) -> None:
     async with answering() as (url, seen):
-        route = ModelRoute(url, KEY if header else None, auth=auth)  # type: ignore[arg-type]
+        route = ModelRoute(url, KEY if header else None, auth=auth)
         async with (
             open_door(routes={"anthropic": route}) as door,
             httpx.AsyncClient(base_url=door.url) as client,

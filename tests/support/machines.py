@@ -6,8 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import httpx
 import psycopg
 
-from tests.support.site import DEADLINE_S, Site, environment, taskyard
+from tests.support.site import DEADLINE_S, Site, environment, taskyard, until
 from tests.support.yard import parse_frames
 
 Json = dict[str, Any]
@@ -130,11 +128,3 @@ class Machines:
 
 def statuses(stream: list[tuple[str, Json]]) -> list[str]:
     return [event["status"] for _, event in stream if event["type"] == "task_run_state"]
-
-
-def until(probe: Callable[[], Any], good: Callable[[Any], bool], message: Callable[[Any], str]) -> Any:
-    end = time.monotonic() + DEADLINE_S
-    while not good(value := probe()):
-        assert time.monotonic() < end, f"after {DEADLINE_S} s no {message(value)}"
-        time.sleep(0.05)
-    return value

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +78,27 @@ class Site:
 
     def wait(self, path: str, **fields: Any) -> dict[str, Any]:
         """Poll a resource until it has these fields."""
-        end = time.monotonic() + DEADLINE_S
-        while True:
-            body = self.call("GET", path).json()
-            if all(body.get(name) == value for name, value in fields.items()):
-                return dict(body)
-            assert time.monotonic() < end, f"after {DEADLINE_S} s not {fields}: {body}"
-            time.sleep(0.05)
+        found: dict[str, Any] = until(
+            lambda: self.call("GET", path).json(),
+            lambda body: all(body.get(name) == value for name, value in fields.items()),
+            lambda body: f"{fields}: {body}",
+        )
+        return found
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(DEADLINE_S)
+
+
+def until(probe: Callable[[], Any], good: Callable[[Any], bool], message: Callable[[Any], str]) -> Any:
+    """Call the probe until its value is good, for at most DEADLINE_S seconds."""
+    end = time.monotonic() + DEADLINE_S
+    while not good(value := probe()):
+        assert time.monotonic() < end, f"after {DEADLINE_S} s no {message(value)}"
+        time.sleep(0.05)
+    return value
 
 
 @contextlib.contextmanager

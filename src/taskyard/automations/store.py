@@ -9,7 +9,7 @@ from uuid import UUID
 
 from psycopg import sql
 
-from taskyard.db.engine import Connection, Database, Row
+from taskyard.db.engine import Connection, Database, Row, fetch_one
 
 READABLE: LiteralString = "a.project_id = %(project)s"
 """The one place that scopes automations to a project."""
@@ -26,10 +26,7 @@ LEFT JOIN runs r ON r.id = a.last_run_id
 async def get(source: Database | Connection, project_id: int, automation_id: UUID) -> Row | None:
     """An automation with what it shows of its task and its last run."""
     query: LiteralString = SELECT + " WHERE a.id = %(id)s AND " + READABLE
-    params = {"project": project_id, "id": automation_id}
-    if isinstance(source, Database):
-        return await source.fetch_one(query, **params)
-    return await (await source.execute(query, params)).fetchone()
+    return await fetch_one(source, query, project=project_id, id=automation_id)
 
 
 async def lock(connection: Connection, project_id: int, automation_id: UUID) -> Row | None:
@@ -128,11 +125,7 @@ async def newest_run(connection: Connection, task_id: UUID, automation_id: UUID)
 
 async def now(source: Database | Connection) -> datetime:
     """The database's clock: the one that all workers share."""
-    query: LiteralString = "SELECT clock_timestamp() AS now"
-    if isinstance(source, Database):
-        row = await source.fetch_one(query)
-    else:
-        row = await (await source.execute(query)).fetchone()
+    row = await fetch_one(source, "SELECT clock_timestamp() AS now")
     assert row is not None
     moment: datetime = row["now"]
     return moment

@@ -156,6 +156,13 @@ class Database:
             await connection.execute(query, params)
 
 
+async def fetch_one(source: Database | Connection, query: LiteralString, **params: Any) -> Row | None:
+    """The first row of one statement: inside a connection's transaction, or outside any."""
+    if isinstance(source, Database):
+        return await source.fetch_one(query, **params)
+    return await (await source.execute(query, params)).fetchone()
+
+
 _shared: ContextVar[tuple[Database, Connection] | None] = ContextVar("shared", default=None)
 
 

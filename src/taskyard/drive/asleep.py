@@ -9,6 +9,7 @@ import structlog
 
 from taskyard.commands import store as commands
 from taskyard.db.engine import Connection
+from taskyard.drive.failures import INACTIVE, too_long
 from taskyard.drive.held import Parts
 from taskyard.runs import lifecycle, resume
 from taskyard.runs import store as runs
@@ -34,13 +35,13 @@ async def _end(connection: Connection, run_id: UUID, wall_clock_s: float) -> Non
     if turn.open:
         changes = {
             "status": "failed",
-            "error_message": f"The run took longer than {wall_clock_s:g} seconds.",
+            "error_message": too_long(wall_clock_s),
             "state": {"error_type": "deadline"},
         }
     else:
         changes = {
             "status": "completed",
-            "error_message": "Run timed out due to inactivity",
+            "error_message": INACTIVE,
             "state": {"timed_out_inactivity": True},
         }
     await lifecycle.change(connection, run_id, **changes)

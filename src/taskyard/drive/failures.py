@@ -29,6 +29,8 @@ ErrorType = Literal[
     "internal_error",  # a bug of ours
 ]
 
+INACTIVE = "Run timed out due to inactivity"
+"""The contract's words (run-lifecycle §1.4)."""
 TAIL = 1500
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -68,6 +70,11 @@ class BudgetSpent(Exception):  # noqa: N818 - an end as good as another
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def too_long(wall_clock_s: float) -> str:
+    """The message of `deadline`."""
+    return f"The run took longer than {wall_clock_s:g} seconds."
 
 
 def with_tail(message: str, tail: str) -> str:

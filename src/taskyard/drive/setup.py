@@ -201,9 +201,8 @@ class PreparingRun(ConversingRun):
     ) -> None:
         """The environment's script. What it does outside of the workspace stays with the sandbox only."""
         parts = self.parts
-        git = [] if work.served is None else [work.served]
         gateway = await open_gateway(
-            parts.settings, parts.database, self._row, environment, self.recorder, git=git
+            parts.settings, parts.database, self._row, environment, self.recorder, git=work.served
         )
         try:
             await run_setup(
@@ -267,17 +266,15 @@ class PreparingRun(ConversingRun):
         except (Ended, OutputGiven, Leave, AgentLost, asyncio.CancelledError, LeaseLostError):
             self.recorder.add(entries.progress(self.run_id, step, "failed", label, "Cancelled"))
             raise
-        except RunFailure as failure:
-            detail = self._shown(failure.message)
-            self.recorder.add(entries.progress(self.run_id, step, "failed", label, detail))
-            await self._leave_if_full(failure.message)
-            raise
-        except TaskyardError as error:
-            detail = self._shown(error.detail)
+        except (RunFailure, TaskyardError) as error:
+            said = error.message if isinstance(error, RunFailure) else error.detail
+            detail = self._shown(said)
             self.recorder.add(entries.progress(self.run_id, step, "failed", label, detail))
             if isinstance(error, KilledError):
                 raise AgentLost(f"{label} was cut short: {detail}.") from error
-            await self._leave_if_full(error.detail)
+            await self._leave_if_full(said)
+            if isinstance(error, RunFailure):
+                raise
             raise RunFailure(error_type, detail) from error
         except Exception:
             self.recorder.add(entries.progress(self.run_id, step, "failed", label, "Internal error"))

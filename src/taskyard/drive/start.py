@@ -77,12 +77,11 @@ async def start_agent(
         servers = for_agent(environment["mcp_servers"] if environment else (), variables)
     except UnknownVariableError as error:
         raise RunFailure("environment_failed", str(error)) from error
-    git = [] if work.served is None else [work.served]
     agent: AgentSession | None = None
     try:
         async with asyncio.timeout(settings.runs.start_s):
             gateway = await open_gateway(
-                settings, database, row, environment, recorder, git=git, on_budget=on_budget
+                settings, database, row, environment, recorder, git=work.served, on_budget=on_budget
             )
             agent = await _spawn(gateway, adapter, variables, row, sandbox, work, recorder, asked)
             title = row["task"]["title"] or "Taskyard run"

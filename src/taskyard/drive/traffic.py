@@ -30,7 +30,7 @@ from taskyard.gateway.server import (
     Refusal,
     Usage,
 )
-from taskyard.settings import BudgetSettings, Settings, Upstream
+from taskyard.settings import KEY_VARIABLES, BudgetSettings, Settings, Upstream
 
 Json = dict[str, Any]
 
@@ -115,10 +115,9 @@ def budget_of(limits: BudgetSettings, state: Json, usage: Usage, spent_month: fl
 
 def routes(settings: Settings) -> dict[str, ModelRoute]:
     """Where model traffic goes. Raises RunFailure, SetupError."""
-    models = settings.models
     return {
-        "anthropic": _route("anthropic", models.anthropic, "ANTHROPIC_API_KEY"),
-        "openai": _route("openai", models.openai, "OPENAI_API_KEY"),
+        name: _route(name, getattr(settings.models, name), variable)
+        for name, variable in KEY_VARIABLES.items()
     }
 
 

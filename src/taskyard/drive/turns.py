@@ -16,7 +16,7 @@ from taskyard.db.engine import Row
 from taskyard.db.hub import Wake
 from taskyard.drive.attachments import AttachmentError, deliver
 from taskyard.drive.checkpoint import Keeper
-from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, RunFailure
+from taskyard.drive.failures import INACTIVE, AgentLost, Ended, ErrorType, Leave, RunFailure
 from taskyard.drive.held import Parts
 from taskyard.drive.history import conversation
 from taskyard.drive.prompt import (
@@ -326,8 +326,7 @@ class ConversingRun(WatchedRun):
             await self._wake.wait(min(left, max(sleep - now, 0.01), LOOK_S))
 
     async def _time_out(self) -> None:
-        message = "Run timed out due to inactivity"
-        if await self._end_of_work(error_message=message, state={"timed_out_inactivity": True}):
+        if await self._end_of_work(error_message=INACTIVE, state={"timed_out_inactivity": True}):
             raise Ended
 
 

@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 from taskyard.agents.acp import AcpError, AgentGoneError
 from taskyard.commands.store import Letter
 from taskyard.db.hub import Wake
-from taskyard.drive.failures import AgentLost, BudgetSpent, Ended, Leave, OutputGiven, RunFailure, with_tail
+from taskyard.drive.failures import (
+    AgentLost,
+    BudgetSpent,
+    Ended,
+    Leave,
+    OutputGiven,
+    RunFailure,
+    too_long,
+    with_tail,
+)
 from taskyard.drive.held import HeldRun, Parts
 from taskyard.drive.session import AgentSession
 from taskyard.events.store import LeaseLostError
@@ -159,7 +168,7 @@ class WatchedRun(HeldRun):
 
     def _check_deadline(self) -> None:
         if self._loop.time() >= self._deadline:
-            raise RunFailure("deadline", f"The run took longer than {self._limits.wall_clock_s:g} seconds.")
+            raise RunFailure("deadline", too_long(self._limits.wall_clock_s))
 
     def _check_budget(self) -> None:
         if self._agent is not None and (reason := self._agent.over_budget) is not None:

@@ -100,13 +100,14 @@ class Work:
         return Mirror.of(self._settings.data_dir, origin, self.credentials)
 
     @property
-    def served(self) -> GitRepository | None:
-        """The repository as the gateway serves it, once it is checked out; None when git inside cannot reach it."""
+    def served(self) -> list[GitRepository]:
+        """The repository as the gateway serves it, once it is checked out; none when git inside cannot reach it."""
         if self.origin is None:
-            return None
-        return git_repository(
+            return []
+        found = git_repository(
             self._task["repository"], self.origin, self._branch, self.credentials, self._agent_pushed
         )
+        return [] if found is None else [found]
 
     def _agent_pushed(self, commit: str) -> None:
         self._pushed.add(commit)
@@ -121,7 +122,7 @@ class Work:
     @property
     def variables(self) -> dict[str, str]:
         """What makes git inside the sandbox use the gateway for this repository."""
-        if self.origin is None or self.served is None:
+        if self.origin is None or not self.served:
             return {}
         return git_variables(GATEWAY, self._task["repository"], self.origin)
 

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from psycopg import sql
 
-from taskyard.db.engine import Connection, Database, Row
+from taskyard.db.engine import Connection, Database, Row, fetch_one
 
 READABLE: LiteralString = (
     "e.project_id = %(project)s AND (NOT e.private OR e.created_by_id = %(user)s)"  # null matches nobody
@@ -44,10 +44,7 @@ async def get(
 ) -> Row | None:
     """An environment that a user may see; None otherwise."""
     query: LiteralString = SELECT + " WHERE e.id = %(id)s AND " + READABLE
-    params = {"id": environment_id, "project": project_id, "user": user_id}
-    if isinstance(source, Database):
-        return await source.fetch_one(query, **params)
-    return await (await source.execute(query, params)).fetchone()
+    return await fetch_one(source, query, id=environment_id, project=project_id, user=user_id)
 
 
 async def page(

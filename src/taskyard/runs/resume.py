@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, LiteralString
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
-from taskyard.db.engine import Connection, Database
+from taskyard.db.engine import Connection, Database, Row, fetch_one
 from taskyard.events.store import LeaseLostError
 from taskyard.runs.store import Lease
 
@@ -42,50 +42,47 @@ class Turn:
         return cls(**{name: value[name] for name in cls.__slots__ if name in value})
 
 
-async def turn_of(connection: Connection, lease: Lease) -> Turn | None:
-    """The newest turn, locked until the transaction ends. Raises LeaseLostError."""
-    row = await (
-        await connection.execute(
-            "SELECT turn FROM run_cursors WHERE run_id = %(run)s AND generation = %(generation)s FOR NO KEY UPDATE",
-            {"run": lease.run_id, "generation": lease.generation},
-        )
-    ).fetchone()
+async def _held(source: Database | Connection, lease: Lease, query: LiteralString, **params: Any) -> Row:
+    """The row of a statement that finds none when %(generation)s is not the run's. Raises LeaseLostError then."""
+    row = await fetch_one(source, query, run=lease.run_id, generation=lease.generation, **params)
     if row is None:
         raise LeaseLostError
+    return row
+
+
+async def turn_of(connection: Connection, lease: Lease) -> Turn | None:
+    """The newest turn, locked until the transaction ends. Raises LeaseLostError."""
+    row = await _held(
+        connection,
+        lease,
+        "SELECT turn FROM run_cursors WHERE run_id = %(run)s AND generation = %(generation)s FOR NO KEY UPDATE",
+    )
     return Turn.of(row["turn"])
 
 
 async def set_turn(connection: Connection, lease: Lease, turn: Turn) -> None:
     """Remember the turn; the end of one is progress. Raises LeaseLostError."""
-    row = await (
-        await connection.execute(
-            "UPDATE run_cursors SET turn = %(turn)s || CASE WHEN %(open)s THEN '{}'::jsonb"
-            " ELSE jsonb_build_object('ended_at', CASE WHEN turn ->> 'open' = 'false' THEN turn -> 'ended_at'"
-            " ELSE to_jsonb(clock_timestamp()) END) END,"
-            " resumes = CASE WHEN %(open)s THEN resumes ELSE 0 END"
-            " WHERE run_id = %(run)s AND generation = %(generation)s RETURNING 1",
-            {
-                "turn": Jsonb(asdict(turn)),
-                "open": turn.open,
-                "run": lease.run_id,
-                "generation": lease.generation,
-            },
-        )
-    ).fetchone()
-    if row is None:
-        raise LeaseLostError
+    await _held(
+        connection,
+        lease,
+        "UPDATE run_cursors SET turn = %(turn)s || CASE WHEN %(open)s THEN '{}'::jsonb"
+        " ELSE jsonb_build_object('ended_at', CASE WHEN turn ->> 'open' = 'false' THEN turn -> 'ended_at'"
+        " ELSE to_jsonb(clock_timestamp()) END) END,"
+        " resumes = CASE WHEN %(open)s THEN resumes ELSE 0 END"
+        " WHERE run_id = %(run)s AND generation = %(generation)s RETURNING 1",
+        turn=Jsonb(asdict(turn)),
+        open=turn.open,
+    )
 
 
 async def count_resume(database: Database, lease: Lease) -> int:
     """Count a loss that the worker itself outlived; how many there were in a row. Raises LeaseLostError."""
-    row = await database.fetch_one(
+    row = await _held(
+        database,
+        lease,
         "UPDATE run_cursors SET resumes = resumes + 1"
         " WHERE run_id = %(run)s AND generation = %(generation)s RETURNING resumes",
-        run=lease.run_id,
-        generation=lease.generation,
     )
-    if row is None:
-        raise LeaseLostError
     return int(row["resumes"])
 
 
@@ -94,16 +91,14 @@ KEPT_PUSHES = 50
 
 async def add_pushed(database: Database, lease: Lease, commit: str) -> None:
     """Remember a commit before it is pushed to the run's branch. Raises LeaseLostError: it must not be pushed then."""
-    row = await database.fetch_one(
+    await _held(
+        database,
+        lease,
         "UPDATE run_cursors SET pushed = (pushed || %(commit)s::text)[greatest(1, cardinality(pushed) + 2 - %(kept)s):]"
         " WHERE run_id = %(run)s AND generation = %(generation)s RETURNING 1",
-        run=lease.run_id,
-        generation=lease.generation,
         commit=commit,
         kept=KEPT_PUSHES,
     )
-    if row is None:
-        raise LeaseLostError
 
 
 # --- checkpoints -------------------------------------------------------------------------------------
@@ -127,26 +122,20 @@ async def save_checkpoint(
     connection: Connection, lease: Lease, checkpoint: Checkpoint, *, progress: bool
 ) -> None:
     """Replace the run's checkpoint. Raises LeaseLostError."""
-    row = await (
-        await connection.execute(
-            "WITH held AS (UPDATE run_cursors SET resumes = CASE WHEN %(progress)s THEN 0 ELSE resumes END"
-            "   WHERE run_id = %(run)s AND generation = %(generation)s RETURNING run_id)"
-            " INSERT INTO checkpoints (run_id, generation, parts, session_id, agent)"
-            " SELECT run_id, %(generation)s, %(parts)s, %(session)s, %(agent)s FROM held"
-            " ON CONFLICT (run_id) DO UPDATE SET generation = excluded.generation, at = clock_timestamp(),"
-            " parts = excluded.parts, session_id = excluded.session_id, agent = excluded.agent RETURNING 1",
-            {
-                "run": lease.run_id,
-                "generation": lease.generation,
-                "parts": Jsonb(checkpoint.parts),
-                "session": checkpoint.session_id,
-                "agent": checkpoint.agent,
-                "progress": progress,
-            },
-        )
-    ).fetchone()
-    if row is None:
-        raise LeaseLostError
+    await _held(
+        connection,
+        lease,
+        "WITH held AS (UPDATE run_cursors SET resumes = CASE WHEN %(progress)s THEN 0 ELSE resumes END"
+        "   WHERE run_id = %(run)s AND generation = %(generation)s RETURNING run_id)"
+        " INSERT INTO checkpoints (run_id, generation, parts, session_id, agent)"
+        " SELECT run_id, %(generation)s, %(parts)s, %(session)s, %(agent)s FROM held"
+        " ON CONFLICT (run_id) DO UPDATE SET generation = excluded.generation, at = clock_timestamp(),"
+        " parts = excluded.parts, session_id = excluded.session_id, agent = excluded.agent RETURNING 1",
+        parts=Jsonb(checkpoint.parts),
+        session=checkpoint.session_id,
+        agent=checkpoint.agent,
+        progress=progress,
+    )
 
 
 async def checkpoint_of(database: Database, run_id: UUID) -> Checkpoint | None:
@@ -170,16 +159,14 @@ async def suspend(connection: Connection, lease: Lease, due_s: float) -> None:
 
     Raises LeaseLostError.
     """
-    row = await (
-        await connection.execute(
-            "UPDATE run_cursors SET suspended_at = clock_timestamp(),"
-            " due_at = clock_timestamp() + make_interval(secs => %(due)s)"
-            " WHERE run_id = %(run)s AND generation = %(generation)s RETURNING 1",
-            {"run": lease.run_id, "generation": lease.generation, "due": due_s},
-        )
-    ).fetchone()
-    if row is None:
-        raise LeaseLostError
+    await _held(
+        connection,
+        lease,
+        "UPDATE run_cursors SET suspended_at = clock_timestamp(),"
+        " due_at = clock_timestamp() + make_interval(secs => %(due)s)"
+        " WHERE run_id = %(run)s AND generation = %(generation)s RETURNING 1",
+        due=due_s,
+    )
 
 
 async def wake(connection: Connection, run_id: UUID) -> bool:
