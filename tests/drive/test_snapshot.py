@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from taskyard.drive.inside import run, script
+from taskyard.drive.inside import output_file, run, script
 from taskyard.drive.snapshot import (
     SnapshotError,
     bring_files,
@@ -17,8 +17,9 @@ from taskyard.drive.snapshot import (
     taken_files,
     taken_workspace,
 )
-from taskyard.sandbox.provider import KilledError
+from taskyard.sandbox.provider import KilledError, SandboxError
 from tests.support.desk import Desk
+from tests.support.disk import small_disk
 from tests.support.repositories import commit_file, run_git
 from tests.support.sandboxes import Hut
 
@@ -220,6 +221,14 @@ async def test_files_that_are_too_large(desk: Desk) -> None:
     )
     with pytest.raises(SnapshotError, match="more than"):
         async with taken_files(desk.sandbox, HOME, ["s"], "", 100_000):
+            pass
+
+
+async def test_a_file_that_does_not_fit_on_the_disk(desk: Desk, tmp_path: Path) -> None:
+    """A part of it would: it must not pass for the whole."""
+    argv = script("head -c 60000 /dev/zero")
+    with small_disk(tmp_path / "small", "40k") as folder, pytest.raises(SandboxError, match="No space left"):
+        async with output_file(desk.sandbox, argv, timeout=20, max_bytes=10**6, folder=folder):
             pass
 
 

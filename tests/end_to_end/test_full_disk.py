@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from taskyard.db.engine import Database
 from taskyard.settings import Settings, WorkerSettings
 from taskyard.worker import running_worker
 from tests.conftest import make_settings
+from tests.support.disk import fill, small_disk
 from tests.support.yard import Yard, eventually, open_yard
 
 SCRIPTED = {"agent": "scripted"}
@@ -20,15 +19,8 @@ SCRIPTED = {"agent": "scripted"}
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=False, capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip("only root may mount a file system")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "64m") as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -41,14 +33,6 @@ async def yard(settings: Settings, database: Database) -> AsyncIterator[Yard]:
     settings.data_dir.mkdir()
     async with open_yard(settings, database) as yard:
         yield yard
-
-
-def fill(disk: Path) -> Path:
-    path = disk / "ballast"
-    with path.open("wb") as file:
-        found = os.statvfs(disk)
-        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize)
-    return path
 
 
 async def test_a_run_waits_until_there_is_space(

@@ -20,7 +20,7 @@ from uuid import UUID
 import structlog
 
 from taskyard.commands import store as commands
-from taskyard.db.engine import AWAY, Row, raise_cancelled
+from taskyard.db.engine import AWAY, raise_cancelled
 from taskyard.db.hub import RUNS
 from taskyard.drive.failures import AgentLost, BudgetSpent, Ended, ErrorType, Leave, OutputGiven, RunFailure
 from taskyard.drive.held import Parts
@@ -242,23 +242,24 @@ class Driver(PreparingRun):
         due_s = max(min(self._due_s, left) if waits else left, 0.0)
         await self.recorder.flush()
 
-        async def let_go() -> tuple[Row | None, bool]:
+        async def let_go() -> bool:
+            """Whether nobody has to drive it now."""
             async with self.parts.database.transaction() as connection:
                 row = await runs.lock(connection, self.lease.run_id)
                 if row is None or row["started_at"] is None:
-                    return None, True
+                    return True
                 if turn is not None:
                     await resume.set_turn(connection, self.lease, turn)
                 if not may_sleep or await commands.any_waits(connection, self.lease.run_id):
                     await enqueue_drive(connection, self.lease.run_id)
-                    return None, False
-                saved = await lifecycle.change(
+                    return False
+                await lifecycle.change(
                     connection, self.lease.run_id, lease=self.lease, state={"suspended": True}
                 )
                 await resume.suspend(connection, self.lease, due_s)
-                return saved, True
+                return True
 
-        _, asleep = await self._patiently(let_go)
+        asleep = await self._patiently(let_go)
         self._stays = not asleep and self._resumable
         log.info("let go of a run", run=self.run_id, asleep=asleep)
 

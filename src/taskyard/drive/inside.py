@@ -7,6 +7,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
+from io import RawIOBase
 from pathlib import Path
 
 from taskyard.errors import TaskyardError
@@ -92,6 +93,13 @@ async def run(
     return exit_.code, output, said(exit_)
 
 
+def _write_all(file: RawIOBase, data: bytes) -> None:
+    """On a disk that gets full, one write takes a part of the data and says so; the next one fails."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
+
+
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
     try:
@@ -133,7 +141,7 @@ async def output_file(
                         if size > max_bytes:
                             raise TooLargeError(f"more than {max_bytes / 2**20:g} MB")
                         with _writing():
-                            await asyncio.to_thread(file.write, chunk)
+                            await asyncio.to_thread(_write_all, file, chunk)
                     exit_ = checked(await process.wait())
             except TimeoutError:
                 raise TooSlowError(f"longer than {timeout:g} seconds") from None

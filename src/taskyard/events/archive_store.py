@@ -84,8 +84,7 @@ async def talked(database: Database, run_id: UUID, last: int) -> bool:
     row = await database.fetch_one(
         "SELECT 1 FROM events WHERE run_id = %(run)s AND seq <= %(last)s AND shown & 1 <> 0 AND kind IN "
         + TALK
-        + ""
-        " LIMIT 1",
+        + " LIMIT 1",
         run=run_id,
         last=last,
     )
@@ -136,11 +135,11 @@ async def remove_old(connection: Connection, keep_s: float) -> int:
         await connection.execute(
             "WITH old AS (SELECT a.run_id, a.key FROM archived_events a JOIN runs r ON r.id = a.run_id"
             " JOIN run_cursors c ON c.run_id = a.run_id"
-            " WHERE a.last_ms < (extract(epoch FROM clock_timestamp()) - %(after)s) * 1000 AND " + QUIET + ""
-            " AND NOT EXISTS (SELECT 1 FROM runs o WHERE o.task_id = r.task_id AND (o.status NOT IN "
+            " WHERE a.last_ms < (extract(epoch FROM clock_timestamp()) - %(after)s) * 1000 AND "
+            + QUIET
+            + " AND NOT EXISTS (SELECT 1 FROM runs o WHERE o.task_id = r.task_id AND (o.status NOT IN "
             + ENDED
-            + ""
-            " OR o.updated_at > clock_timestamp() - make_interval(secs => %(after)s)))"
+            + " OR o.updated_at > clock_timestamp() - make_interval(secs => %(after)s)))"
             " ORDER BY a.last_ms LIMIT %(page)s FOR UPDATE OF a, r SKIP LOCKED),"
             " rest AS (DELETE FROM events e USING old WHERE e.run_id = old.run_id),"
             " gone AS (DELETE FROM archived_events a USING old WHERE a.run_id = old.run_id)"

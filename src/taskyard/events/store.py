@@ -223,8 +223,9 @@ TALK: LiteralString = "('session/prompt', 'user_message', 'user_message_chunk', 
 async def has_turns(database: Database, run_id: UUID) -> bool:
     """Whether a person and an agent have talked in this run, as its log has it."""
     row = await database.fetch_one(
-        "SELECT 1 FROM events WHERE run_id = %(run)s AND shown & 1 <> 0 AND kind IN " + TALK + ""
-        " UNION ALL SELECT 1 FROM archived_events WHERE run_id = %(run)s AND talked LIMIT 1",
+        "SELECT 1 FROM events WHERE run_id = %(run)s AND shown & 1 <> 0 AND kind IN "
+        + TALK
+        + " UNION ALL SELECT 1 FROM archived_events WHERE run_id = %(run)s AND talked LIMIT 1",
         run=run_id,
     )
     return row is not None
