@@ -19,7 +19,7 @@ async def test_a_run_goes_on_after_its_record_was_archived(live: Yard) -> None:
     await eventually(sweep, lambda n: n == 1, lambda n: f"archived run, {n}")
     ok(await run.api.post(run.path("resume_in_cloud/")))
     await run.command("user_message", content="SAY second")
-    log_now = await run.logged("second")
+    log_now = await run.turns(2)
     assert log_now[: len(log)] == log
     assert said(log_now).split("\n") == ["first", "second"], "the description was worked on once"
     await run.cancel()
