@@ -7,7 +7,7 @@ there, and puts back into the queue what other workers lost.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from uuid import UUID
@@ -15,7 +15,6 @@ from uuid import UUID
 import structlog
 from procrastinate.exceptions import ConnectorException
 
-from taskyard.agents.adapters import Adapter, installed
 from taskyard.db.engine import AWAY, raise_cancelled
 from taskyard.db.hub import QUEUE
 from taskyard.drive.asleep import end_sleepers
@@ -37,9 +36,9 @@ DRIVERS_S = 45.0
 
 
 class Dispatcher:
-    """`agents` are all that the settings know: those that are installed later count, too."""
+    """`agents` tells which agents could start here at this moment: they may be installed later, too."""
 
-    def __init__(self, parts: Parts, worker: Worker, agents: Collection[Adapter]) -> None:
+    def __init__(self, parts: Parts, worker: Worker, agents: Callable[[], list[str]]) -> None:
         self._parts = parts
         self._database = parts.database
         self._worker = worker
@@ -115,7 +114,7 @@ class Dispatcher:
 
     async def _sweep(self) -> None:
         """What has to be done from time to time, whoever does it."""
-        self._worker = replace(self._worker, agents=await asyncio.to_thread(installed, self._agents))
+        self._worker = replace(self._worker, agents=await asyncio.to_thread(self._agents))
         await workers.beat(self._database, self._worker)
         found = await queue.lost(self._database)
         for run_id in await queue.restore(self._database, found & self._lost):

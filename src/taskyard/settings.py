@@ -66,6 +66,18 @@ class RunSettings(Area):
     """The same for each agent; `agents.NAME.limit` says otherwise for one."""
 
 
+Capability = Literal[
+    "memory",  # it ends what uses more memory than its limit
+    "cpu",  # it holds processor time to its limit
+    "pids",  # it holds the number of processes and threads
+    "disk",  # it ends what fills more disk than its limit
+    "kernel",  # it has a kernel of its own: a weakness of the host's does not open it
+    "host-programs",  # it has the programs of the host
+    "image",  # it is made of a container image
+]
+"""What a sandbox provider may be able to do on its host. That a sandbox has no network but the gateway is no choice."""
+
+
 class SandboxSettings(Area):
     """Limits of one sandbox."""
 
@@ -77,6 +89,12 @@ class SandboxSettings(Area):
     cpus: float = Field(4.0, gt=0)
     tmp_mb: int = Field(1024, gt=0)
     """Size of the sandbox's own temporary folder (memory)."""
+    disk_mb: int = Field(20_480, ge=0)
+    """What a run may keep in its workspace and home; each file counts 4 kB besides its content. 0: anything."""
+    output_mb: int = Field(1024, ge=0)
+    """What an agent, or a set-up script, may write to its standard output and error in all. 0: anything."""
+    require: list[Capability] = []
+    """What sandboxes must have: runs fail on a worker that cannot give it, instead of going without."""
 
 
 class NetworkSettings(Area):

@@ -14,9 +14,7 @@ from taskyard.db.engine import AWAY, Database, raise_cancelled
 from taskyard.forge import git
 from taskyard.objects.interface import ObjectStore, StorageError
 from taskyard.runs import store as runs
-from taskyard.sandbox import sweep as sandboxes
-from taskyard.sandbox.bubblewrap import BubblewrapProvider
-from taskyard.sandbox.provider import SandboxError
+from taskyard.sandbox.provider import Provider, SandboxError
 
 log = structlog.get_logger()
 
@@ -28,7 +26,7 @@ class Sweeper:
 
     def __init__(
         self,
-        provider: BubblewrapProvider,
+        provider: Provider,
         database: Database,
         objects: ObjectStore,
         data_dir: Path,
@@ -38,7 +36,7 @@ class Sweeper:
         self._database = database
         self._place = place
         self._steps: dict[str, Callable[[], Awaitable[object]]] = {
-            "sandboxes": lambda: sandboxes.sweep(provider, self._kept),
+            "sandboxes": self._sweep_sandboxes,
             "mirrors": lambda: git.remove_unfinished(data_dir),
             "agents": lambda: asyncio.to_thread(install.remove_unfinished, data_dir),
             "uploads": objects.tidy,
@@ -59,6 +57,11 @@ class Sweeper:
             except (StorageError, SandboxError, OSError, *AWAY) as error:
                 raise_cancelled()
                 log.warning("cannot sweep, trying again later", what=what, error=str(error).strip())
+
+    async def _sweep_sandboxes(self) -> None:
+        swept = await self._provider.sweep(self._kept)
+        if removed := {kind: names for kind, names in vars(swept).items() if names}:
+            log.info("removed what dead servers left", **removed)
 
     async def _kept(self, names: Collection[str]) -> set[str]:
         return await runs.driven_here(self._database, self._place, names)

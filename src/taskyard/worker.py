@@ -8,6 +8,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from uuid import UUID
 
 import procrastinate
@@ -27,8 +28,9 @@ from taskyard.jobs import DRIVE, QUEUE, PatientConnector, engine, enqueue_drive
 from taskyard.objects.interface import ObjectStore, StorageError
 from taskyard.objects.service import open_store
 from taskyard.runs.workers import Worker
-from taskyard.sandbox.bubblewrap import BubblewrapProvider
 from taskyard.sandbox.place import place_of
+from taskyard.sandbox.provider import Provider
+from taskyard.sandbox.providers import provider_for
 from taskyard.sandbox.selftest import selftest
 from taskyard.settings import Settings
 from taskyard.sweep import Sweeper
@@ -55,6 +57,7 @@ async def running_worker(
     seconds, less if `hurry` is set; what is not over then is handed to the next worker.
     """
     provider = await checked_provider(settings)
+    able = await provider.capabilities()
     hub = Hub(database.url)
     await hub.start()
     # The last part tells it from one that died with the same host name and process id, as in a container.
@@ -63,6 +66,8 @@ async def running_worker(
     place = place_of(settings.data_dir)
     parts = Parts(settings, database, hub, provider, objects, name, place, Drain())
     agents = adapters(settings)
+    # What an image has is known when it is used.
+    there = partial(installed, agents.values()) if "host-programs" in able else partial(sorted, agents)
     dispatcher = Dispatcher(
         parts,
         Worker(
@@ -70,9 +75,9 @@ async def running_worker(
             pools=list(dict.fromkeys(settings.worker.pools)),
             capacity=settings.worker.concurrency,
             sandboxes=[settings.sandbox.provider],
-            agents=installed(agents.values()),
+            agents=there(),
         ),
-        agents.values(),
+        there,
     )
     sweeper = Sweeper(provider, database, objects, settings.data_dir, place)
     app = engine(database.url)
@@ -97,6 +102,7 @@ async def running_worker(
             await end(hurrying, STOP_S)
             await objects.close()
             await hub.stop()
+            await provider.close()
 
 
 async def _hurry(hurry: asyncio.Event, drain: Drain) -> None:
@@ -130,9 +136,9 @@ def _stopping(app: procrastinate.App) -> bool:
     return isinstance(app.connector, PatientConnector) and app.connector.stopping
 
 
-async def checked_provider(settings: Settings) -> BubblewrapProvider:
+async def checked_provider(settings: Settings) -> Provider:
     """The sandbox provider, after its self-test; SetupError names everything that this machine lacks for it."""
-    provider = BubblewrapProvider(settings)
+    provider = provider_for(settings)
     problems = await provider.check()
     if not any(problem.fatal and not problem.ok for problem in problems):
         problems += await selftest(provider)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from taskyard import dispatch
 from taskyard.db.engine import Database
 from taskyard.drive import driver, watch
 from taskyard.drive.session import AgentSession
@@ -225,6 +226,7 @@ class TestStop:
             await asyncio.sleep(60)
 
         monkeypatch.setattr(Work, "publish", publish)
+        monkeypatch.setattr(dispatch, "DRIVERS_S", 2)
         async with open_yard(settings, database, worker=True) as yard:
             await yard.api().start("CRASH 3", **SCRIPTED)
             await publishing.wait()
@@ -261,6 +263,7 @@ class TestStop:
             await asyncio.sleep(60)
 
         monkeypatch.setattr(driver.Driver, "_load", slow_load)
+        monkeypatch.setattr(dispatch, "DRIVERS_S", 2)
         async with open_yard(settings, database, worker=True) as yard:
             await yard.api().start("SAY x", **SCRIPTED)
             await loading.wait()

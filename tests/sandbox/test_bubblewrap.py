@@ -9,221 +9,22 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import uvloop
 
 from taskyard.sandbox.bubblewrap import BubblewrapSandbox
-from taskyard.sandbox.provider import Mount, SandboxError, Spec
-from tests.support.sandboxes import LIMITS, Done, Hut, first_line, run, shell
+from taskyard.sandbox.provider import Mount, SandboxError
+from tests.support.sandboxes import Done, Hut, first_line, gone, processes_with, run, shell
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives each sandbox its own uid")
-
-
-def processes_with(word: str) -> list[int]:
-    """Host processes with this word in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if word.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-async def gone(word: str) -> None:
-    deadline = time.monotonic() + 60
-    while left := processes_with(word):
-        assert time.monotonic() < deadline, f"still running: {left}"
-        await asyncio.sleep(0.01)
 
 
 async def test_a_command_runs_as_the_agent_in_the_workspace(sandbox: BubblewrapSandbox) -> None:
     done = await shell(sandbox, "id -un; id -u; id -G; pwd; hostname; echo ~")
     assert done.lines == ["agent", "1000", "1000", "/tmp/workspace", "sandbox", "/home/agent"]
     assert (done.end.code, done.end.reason) == (0, "exited")
-
-
-async def test_environment_is_the_default_and_what_is_given(sandbox: BubblewrapSandbox) -> None:
-    done = await run(sandbox, "env", "-0", env={"GREETING": "a = 'b'\n\"c\" $HOME", "LANG": "de_DE.UTF-8"})
-    found = dict(entry.split("=", 1) for entry in done.output.rstrip("\0").split("\0"))
-    del found["PWD"]  # by bwrap
-    assert found == {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "HOME": "/home/agent",
-        "USER": "agent",
-        "LANG": "de_DE.UTF-8",
-        "TERM": "dumb",
-        "TMPDIR": "/tmp",
-        "GREETING": "a = 'b'\n\"c\" $HOME",
-    }
-
-
-@pytest.mark.parametrize("env", [{"A=B": "c"}, {"": "x"}, {"A": "b\0c"}])
-async def test_environment_that_cannot_be_is_refused(sandbox: BubblewrapSandbox, env: dict[str, str]) -> None:
-    with pytest.raises(SandboxError, match="environment variable"):
-        await run(sandbox, "true", env=env)
-
-
-async def test_cwd(sandbox: BubblewrapSandbox) -> None:
-    await shell(sandbox, "mkdir -p 'a b/c'")
-    done = await run(sandbox, "pwd", cwd="/tmp/workspace/a b/c")
-    assert done.output == "/tmp/workspace/a b/c\n"
-
-
-async def test_exit_codes(sandbox: BubblewrapSandbox) -> None:
-    ends = [(await shell(sandbox, script)).end for script in ("exit 7", "kill -TERM $$", "kill -KILL $$")]
-    assert [(end.code, end.reason) for end in ends] == [(7, "exited"), (143, "exited"), (137, "killed")]
-
-
-async def test_a_command_that_does_not_exist(sandbox: BubblewrapSandbox) -> None:
-    done = await run(sandbox, "no-such-program")
-    assert done.end.code != 0
-    assert "no-such-program" in done.end.stderr_tail
-
-
-async def test_a_working_directory_that_does_not_exist(sandbox: BubblewrapSandbox) -> None:
-    done = await run(sandbox, "true", cwd="/tmp/workspace/nowhere")
-    assert done.end.code != 0
-    assert "/tmp/workspace/nowhere" in done.end.stderr_tail
-
-
-async def test_standard_input(sandbox: BubblewrapSandbox) -> None:
-    process = await sandbox.exec(["cat"], stdin=True)
-    assert process.stdin is not None
-    data = os.urandom(300_000)
-    process.stdin.write(data)
-    reading = asyncio.create_task(process.stdout.read())
-    await process.stdin.drain()
-    process.stdin.close()
-    async with asyncio.timeout(60):
-        assert await reading == data
-        assert (await process.wait()).code == 0
-    await process.kill()
-
-
-async def test_without_standard_input_it_is_empty(sandbox: BubblewrapSandbox) -> None:
-    process = await sandbox.exec(["cat"])
-    assert process.stdin is None
-    async with asyncio.timeout(60):
-        assert await process.stdout.read() == b""
-    await process.kill()
-
-
-async def test_the_end_of_standard_error_is_kept(sandbox: BubblewrapSandbox) -> None:
-    done = await shell(sandbox, "seq 1 200000 >&2; echo last >&2; exit 1")
-    assert len(done.end.stderr_tail) == 8192
-    assert done.end.stderr_tail.endswith("200000\nlast\n")
-
-
-async def test_long_lines_arrive_whole(sandbox: BubblewrapSandbox) -> None:
-    size = 5_000_000
-    process = await sandbox.exec(["sh", "-c", f"head -c {size} /dev/zero | tr '\\0' x; echo; echo short"])
-    async with asyncio.timeout(60):
-        assert await process.stdout.readline() == b"x" * size + b"\n"
-        assert await process.stdout.readline() == b"short\n"
-    await process.kill()
-
-
-async def test_a_flood_of_output_waits_for_its_reader(sandbox: BubblewrapSandbox) -> None:
-    script = "i=0; while :; do head -c 65536 /dev/zero; i=$((i+1)); echo $i >&2; done"
-    process = await sandbox.exec(["sh", "-c", script])
-
-    async def blocked() -> int:
-        """How many chunks it has written, once it has stopped."""
-        deadline, last, since = time.monotonic() + 60, "", time.monotonic()
-        while time.monotonic() - since < 1 or not last:
-            assert time.monotonic() < deadline, "the flood does not stop"
-            if process.stderr_tail() != last:
-                last, since = process.stderr_tail(), time.monotonic()
-            await asyncio.sleep(0.01)
-        return int(last.split()[-1])
-
-    before = await blocked()
-    assert before < 16  # pipe and read-ahead, 64 kB each chunk
-    async with asyncio.timeout(60):
-        await process.stdout.readexactly(20 * 65536)
-    assert await blocked() >= 20
-    await process.kill()
-
-
-async def test_kill_ends_what_the_command_started_too(sandbox: BubblewrapSandbox) -> None:
-    script = "trap '' TERM INT HUP; setsid sleep 7654321 & sleep 7654321 & echo ready; wait"
-    process = await sandbox.exec(["sh", "-c", script])
-    assert await first_line(process) == "ready"
-    deadline = time.monotonic() + 60
-    while len(processes_with("7654321")) < 4:  # two sleeps, bwrap twice
-        assert time.monotonic() < deadline, "the sleeps do not start"
-        await asyncio.sleep(0.01)
-    async with asyncio.timeout(60):
-        await process.kill()
-    assert processes_with("7654321") == []
-    assert (await process.wait()).reason == "killed"
-    await process.kill()
-
-
-async def test_what_a_command_leaves_running_ends_with_it(sandbox: BubblewrapSandbox) -> None:
-    done = await shell(sandbox, "setsid sleep 7654322 >/dev/null 2>&1 & exit 3")
-    assert done.end.code == 3
-    assert processes_with("7654322") == []
-
-
-async def test_terminate_lets_the_command_finish(sandbox: BubblewrapSandbox) -> None:
-    script = "trap 'echo bye; exit 5' TERM; echo ready; while :; do sleep 0.05; done"
-    process = await sandbox.exec(["sh", "-c", script])
-    assert await first_line(process) == "ready"
-    async with asyncio.timeout(60):
-        await process.terminate(60)
-        end = await process.wait()
-    assert (end.code, end.reason) == (5, "exited")
-    assert await process.stdout.read() == b"bye\n"
-
-
-async def test_terminate_kills_in_the_end(sandbox: BubblewrapSandbox) -> None:
-    process = await sandbox.exec(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"])
-    assert await first_line(process) == "ready"
-    async with asyncio.timeout(60):
-        await process.terminate(0.2)
-        assert (await process.wait()).reason == "killed"
-
-
-async def test_kill_right_after_start(sandbox: BubblewrapSandbox) -> None:
-    for _ in range(10):
-        process = await sandbox.exec(["sleep", "7654323"])
-        async with asyncio.timeout(60):
-            await process.kill()
-    assert processes_with("7654323") == []
-
-
-async def test_a_cancelled_start_leaves_nothing(sandbox: BubblewrapSandbox) -> None:
-    async def never(listener: socket.socket) -> None:
-        with listener:
-            await asyncio.Event().wait()
-
-    for delay in (0.0, 0.003, 0.01, 0.03, 0.3):
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(delay):
-                await sandbox.exec(["sleep", "7654324"], on_listener=never)
-    await gone("7654324")
-
-
-async def test_folders_persist_between_commands(sandbox: BubblewrapSandbox) -> None:
-    await shell(sandbox, "echo w > file; echo h > ~/file; echo t > /tmp/file; chmod 600 file; umask")
-    done = await shell(sandbox, "cat file ~/file; ls /tmp; stat -c %U:%a file")
-    assert done.lines == ["w", "h", "workspace", "agent:600"]
-
-
-async def test_the_rest_is_read_only_or_small(sandbox: BubblewrapSandbox) -> None:
-    done = await shell(
-        sandbox,
-        "for d in / /usr /etc /dev /run /var /home /proc/sys /bin; do touch $d/x 2>/dev/null && echo $d; done;"
-        " head -c 70000000 /dev/zero > /tmp/big; stat -c %s /tmp/big; rm /tmp/big;"
-        " head -c 70000000 /dev/zero > /dev/shm/big; stat -c %s /dev/shm/big",
-    )
-    assert [int(line) // 2**20 for line in done.lines] == [64, 64]
 
 
 async def test_usual_tools_work(sandbox: BubblewrapSandbox) -> None:
@@ -289,22 +90,6 @@ async def test_a_mount_of_nothing_is_refused(sandbox: BubblewrapSandbox, tmp_pat
         await run(sandbox, "true", mounts=[Mount(tmp_path / "missing", "/opt/x")])
 
 
-async def test_two_sandboxes_see_nothing_of_each_other(hut: Hut) -> None:
-    one, two = await hut.sandbox("one"), await hut.sandbox("two")
-    process = await one.exec(["sh", "-c", "echo secret > ~/s; cp ~/s /tmp/s; echo ready; exec sleep 7654325"])
-    assert await first_line(process) == "ready"
-    done = await shell(
-        two,
-        "ls -A . ~; ls /tmp; cat /proc/[0-9]*/cmdline | tr '\\0' ' ';"
-        f" kill -0 {process.pid} 2>/dev/null && echo reached; ls -d {hut.folder} 2>/dev/null; exit 0",
-    )
-    assert done.lines[:4] == [".:", "", "/home/agent:", "workspace"]
-    assert "7654325" not in done.output
-    assert "reached" not in done.lines
-    assert str(hut.folder) not in done.lines
-    await process.kill()
-
-
 @needs_root
 async def test_each_sandbox_has_a_uid_of_its_own(hut: Hut) -> None:
     sandboxes = [await hut.sandbox(name) for name in ("one", "two", "three")]
@@ -355,18 +140,6 @@ async def test_destroy_removes_whatever_is_there(hut: Hut, tmp_path: Path) -> No
     await sandbox.destroy()
 
 
-async def test_destroy_ends_what_runs(hut: Hut) -> None:
-    sandbox = await hut.sandbox()
-    process = await sandbox.exec(["sh", "-c", "setsid sleep 7654326 & echo ready; sleep 7654326"])
-    assert await first_line(process) == "ready"
-    async with asyncio.timeout(60):
-        await asyncio.gather(sandbox.destroy(), sandbox.destroy())
-    assert processes_with("7654326") == []
-    assert (await process.wait()).reason == "killed"
-    with pytest.raises(SandboxError, match="destroyed"):
-        await run(sandbox, "true")
-
-
 async def test_destroy_while_a_command_starts(hut: Hut) -> None:
     sandbox = await hut.sandbox()
     starts = [asyncio.create_task(run(sandbox, "sleep", "7654327")) for _ in range(3)]
@@ -380,20 +153,6 @@ async def test_destroy_while_a_command_starts(hut: Hut) -> None:
         assert isinstance(result, SandboxError) or (
             isinstance(result, Done) and result.end.reason == "killed"
         )
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x" * 101])
-async def test_names_that_cannot_be(hut: Hut, name: str) -> None:
-    with pytest.raises(SandboxError, match="name of a sandbox"):
-        await hut.sandbox(name)
-
-
-async def test_a_name_is_used_once(hut: Hut, sandbox: BubblewrapSandbox) -> None:
-    await shell(sandbox, "echo mine > file")
-    with pytest.raises(SandboxError, match="exists already"):
-        await hut.provider.create(Spec("one", LIMITS))
-    assert (await shell(sandbox, "cat file")).output == "mine\n"
-    assert await hut.provider.list() == ["one"]
 
 
 LEFT_BEHIND = """

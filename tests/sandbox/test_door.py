@@ -13,36 +13,7 @@ import uvloop
 from taskyard.sandbox.bubblewrap import BubblewrapSandbox
 from taskyard.sandbox.provider import SandboxError
 from tests.support.sandboxes import Hut, run, shell
-
-FETCH = (
-    "import urllib.request as u; print(u.urlopen('http://127.0.0.1:3128/hello', timeout=30).read().decode())"
-)
-
-
-class Served:
-    """An HTTP server that answers with the requested path."""
-
-    def __init__(self) -> None:
-        self.listener: socket.socket | None = None
-        self._server: asyncio.Server | None = None
-
-    async def serve(self, listener: socket.socket) -> None:
-        self.listener = listener
-        self._server = await asyncio.start_server(self._answer, sock=listener)
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        path = (await reader.readuntil(b"\r\n\r\n")).split()[1]
-        writer.write(
-            b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(path), path)
-        )
-        await writer.drain()
-        writer.close()
-        await writer.wait_closed()
-
-    async def close(self) -> None:
-        assert self._server is not None
-        self._server.close()
-        await self._server.wait_closed()
+from tests.support.served import FETCH, Served
 
 
 async def test_a_request_reaches_the_server(sandbox: BubblewrapSandbox) -> None:

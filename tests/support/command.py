@@ -15,7 +15,8 @@ def taskyard(
 ) -> subprocess.CompletedProcess[str]:
     """The finished command. Of the environment's settings it sees only those given here; data in `cwd`/data."""
     return subprocess.run(
-        _command(words),
+        # Programs that a shell starts in the background ignore it, and so would this one.
+        ["env", "--default-signal=INT", *_command(words)],
         cwd=cwd,
         env=_environment(cwd, env),
         input=stdin,
@@ -31,7 +32,13 @@ def started(*words: str, cwd: Path, **env: str) -> Iterator[subprocess.Popen[str
     """The running command, with pipes; killed at the end if it still runs."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        _command(words), cwd=cwd, env=_environment(cwd, env), stdout=pipe, stderr=pipe, text=True
+        # Programs that a shell starts in the background ignore it, and so would this one.
+        ["env", "--default-signal=INT", *_command(words)],
+        cwd=cwd,
+        env=_environment(cwd, env),
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
     ) as process:
         try:
             yield process

@@ -64,6 +64,7 @@ class PlainSandbox:
     id = "plain"
     workspace = "/tmp/workspace"
     home = "/home/agent"
+    host_programs = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -86,6 +87,8 @@ class PlainSandbox:
         stdin: bool = False,
         mounts: Sequence[Mount] = (),
         on_listener: ListenerHandler | None = None,
+        max_output: int | None = None,
+        seconds: float | None = None,
     ) -> PlainProcess:
         assert on_listener is None, "the stand-in has no network to listen in"
         process = await asyncio.create_subprocess_exec(

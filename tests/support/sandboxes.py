@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from taskyard.sandbox.bubblewrap import BubblewrapProvider, BubblewrapSandbox
-from taskyard.sandbox.provider import Exit, Limits, ListenerHandler, Mount, Process, Spec
+from taskyard.sandbox.provider import Exit, Limits, ListenerHandler, Mount, Process, Provider, Sandbox, Spec
 from taskyard.settings import Settings
+
+KINDS = ("bubblewrap",)
+"""The providers that the contract is tried on."""
 
 LIMITS = Limits(cpus=1, memory_mb=512, pids=128, tmp_mb=64)
 
@@ -26,18 +31,17 @@ class Done:
         return self.output.splitlines()
 
 
-class Hut:
+class AnyHut:
     """A provider, and the sandboxes that a test makes with it."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
+    def __init__(self, folder: Path, provider: Provider) -> None:
         self.folder = folder
-        self.provider = BubblewrapProvider(Settings(_env_file=None, data_dir=folder))
-        self.made: list[BubblewrapSandbox] = []
+        self.provider = provider
+        self.made: list[Sandbox] = []
 
     async def sandbox(
         self, name: str = "one", limits: Limits = LIMITS, mounts: tuple[Mount, ...] = ()
-    ) -> BubblewrapSandbox:
+    ) -> Sandbox:
         sandbox = await self.provider.create(Spec(name, limits, mounts))
         self.made.append(sandbox)
         return sandbox
@@ -45,10 +49,43 @@ class Hut:
     async def close(self) -> None:
         for sandbox in self.made:
             await sandbox.destroy()
+        await self.provider.close()
+
+
+class Hut(AnyHut):
+    """The same with bubblewrap."""
+
+    provider: BubblewrapProvider
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        super().__init__(folder, BubblewrapProvider(Settings(_env_file=None, data_dir=folder)))
+
+    async def sandbox(
+        self, name: str = "one", limits: Limits = LIMITS, mounts: tuple[Mount, ...] = ()
+    ) -> BubblewrapSandbox:
+        sandbox = await super().sandbox(name, limits, mounts)
+        assert isinstance(sandbox, BubblewrapSandbox)
+        return sandbox
+
+
+@asynccontextmanager
+async def open_hut(kind: str, folder: Path) -> AsyncIterator[AnyHut]:
+    """A provider of a kind, with its data in a folder."""
+    hut: AnyHut
+    match kind:
+        case "bubblewrap":
+            hut = Hut(folder)
+        case _:
+            raise ValueError(kind)
+    try:
+        yield hut
+    finally:
+        await hut.close()
 
 
 async def run(
-    sandbox: BubblewrapSandbox,
+    sandbox: Sandbox,
     *argv: str,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
@@ -65,7 +102,7 @@ async def run(
             await process.kill()
 
 
-async def shell(sandbox: BubblewrapSandbox, script: str, env: Mapping[str, str] | None = None) -> Done:
+async def shell(sandbox: Sandbox, script: str, env: Mapping[str, str] | None = None) -> Done:
     return await run(sandbox, "sh", "-c", script, env=env)
 
 
@@ -73,3 +110,23 @@ async def first_line(process: Process) -> str:
     """What the command says first, within a minute."""
     async with asyncio.timeout(60):
         return (await process.stdout.readline()).decode().strip()
+
+
+def processes_with(word: str) -> list[int]:
+    """Host processes with this word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+async def gone(word: str) -> None:
+    """Wait until no host process has this word in its command line."""
+    deadline = time.monotonic() + 60
+    while left := processes_with(word):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        await asyncio.sleep(0.01)

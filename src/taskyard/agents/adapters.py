@@ -113,6 +113,8 @@ class Adapter:
     """What to keep of the state folder so that a session can be opened again elsewhere."""
     exit_grace_s: float = 5.0
     """Seconds from the end of its input to SIGTERM, and from there to SIGKILL."""
+    image_command: tuple[str, ...] = ()
+    """The command where the programs are those of a container image; empty: the same."""
     package: Package | None = None
     folder: Path | None = None
     """Where the package is, or will be, installed."""
@@ -129,6 +131,10 @@ class Adapter:
                 f"The agent '{self.name}' is not installed. Install it with: taskyard agents install {self.name}"
             )
         return list(self.command)
+
+    def argv_in_image(self) -> list[str]:
+        """The command to start it in a sandbox that is made of an image, which has to have it."""
+        return list(self.image_command or self.command)
 
     def environment(self, model: str | None = None, effort: str | None = None) -> dict[str, str]:
         """The agent's variables for a run; without `model` its default model is used.
@@ -226,7 +232,9 @@ def _overridden(name: str, adapter: Adapter | None, override: AgentSettings) -> 
     if override.command is not None:
         if not override.command:
             raise SetupError(f"agents.{name}.command is empty.")
-        adapter = replace(adapter, command=tuple(override.command), package=None, folder=None)
+        adapter = replace(
+            adapter, command=tuple(override.command), image_command=(), package=None, folder=None
+        )
     return replace(
         adapter,
         env={**adapter.env, **override.env},
@@ -256,6 +264,7 @@ def _claude(settings: Settings) -> Adapter:
         name="claude",
         title="Claude Code",
         command=_node_command(folder, package),
+        image_command=("claude-agent-acp",),
         env={
             **_COMMON_ENV,
             "ANTHROPIC_BASE_URL": f"{GATEWAY}/anthropic",
@@ -313,6 +322,7 @@ def _codex(settings: Settings) -> Adapter:
         name="codex",
         title="Codex",
         command=_node_command(folder, package),
+        image_command=("codex-acp",),
         env={
             **_COMMON_ENV,
             "OPENAI_BASE_URL": f"{GATEWAY}/openai/v1",
@@ -352,10 +362,12 @@ def _codex(settings: Settings) -> Adapter:
 
 def _scripted() -> Adapter:
     python = shutil.which("python3", path="/usr/bin:/bin") or sys.executable
+    program = ("-I", str(Path(__file__).with_name("scripted.py")))
     return Adapter(
         name="scripted",
         title="Scripted demo agent (a stand-in, no model)",
-        command=(python, "-I", str(Path(__file__).with_name("scripted.py"))),
+        command=(python, *program),
+        image_command=("python3", *program),
         modes={mode: mode for mode in CONTRACT_MODES["claude"]},
         default_mode="bypassPermissions",
         state_env="TASKYARD_SCRIPTED_HOME",

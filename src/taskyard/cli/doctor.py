@@ -159,18 +159,21 @@ async def _bucket(settings: Settings) -> AsyncIterator[Problem]:
 
 
 async def _sandbox(settings: Settings) -> AsyncIterator[Problem]:
-    from taskyard.sandbox.bubblewrap import BubblewrapProvider
+    from taskyard.sandbox.providers import provider_for
     from taskyard.sandbox.selftest import selftest
 
     try:
-        provider = BubblewrapProvider(settings)
-        found = await provider.check()
-        for problem in found:
-            yield problem
-        if any(problem.fatal and not problem.ok for problem in found):
-            return
-        for problem in await selftest(provider):
-            yield problem
+        provider = provider_for(settings)
+        try:
+            found = await provider.check()
+            for problem in found:
+                yield problem
+            if any(problem.fatal and not problem.ok for problem in found):
+                return
+            for problem in await selftest(provider):
+                yield problem
+        finally:
+            await provider.close()
     except (TaskyardError, OSError) as error:
         yield _problem("sandbox", False, str(error), fatal=True)
 

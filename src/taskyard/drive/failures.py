@@ -21,6 +21,9 @@ ErrorType = Literal[
     "agent_unresponsive",  # it did not stop a turn that was cancelled
     "publish_failed",  # the work could not be brought to the repository
     "deadline",  # the run's wall clock ran out
+    "oom",  # its programs needed more memory than they may use
+    "disk",  # its files take more of the disk than they may
+    "output",  # its agent wrote more than it may
     "budget_exceeded",  # it has spent on models what it may
     "follow_up_failed",  # a message could not be delivered
     "worker_lost",  # the workers that drove the run died, again and again
@@ -28,6 +31,14 @@ ErrorType = Literal[
     "resume_failed",  # what was kept of the run could not be brought back
     "internal_error",  # a bug of ours
 ]
+
+LIMITS: dict[str, tuple[ErrorType, str]] = {
+    "oom": ("oom", "it ran out of the sandbox's memory (TASKYARD_SANDBOX__MEMORY_MB)"),
+    "disk": ("disk", "the run's files take more disk than they may (TASKYARD_SANDBOX__DISK_MB)"),
+    "output": ("output", "it wrote more than it may (TASKYARD_SANDBOX__OUTPUT_MB)"),
+    "timeout": ("deadline", "its time was up"),
+}
+"""How a process ends that breaks a limit of its sandbox (provider.Reason): the failure, and half a sentence."""
 
 INACTIVE = "Run timed out due to inactivity"
 """The contract's words (run-lifecycle §1.4)."""

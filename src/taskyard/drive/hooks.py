@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 from taskyard.db.engine import Row
-from taskyard.drive.failures import RunFailure, with_tail
+from taskyard.drive.failures import LIMITS, RunFailure, with_tail
 from taskyard.drive.inside import checked
 from taskyard.drive.recorder import Recorder
 from taskyard.events import entries
@@ -15,6 +15,8 @@ from taskyard.sandbox.provider import Sandbox
 
 MAX_LINES = 1000
 MAX_LINE = 2000
+GRACE_S = 30.0
+"""A sandbox that the server cannot reach any more ends the script by itself, so much later."""
 
 # The script is $1. One that names its interpreter is a program of its own; others are for bash, else for sh.
 _RUN = """
@@ -37,13 +39,16 @@ async def run_setup(
     env: Mapping[str, str],
     cwd: str,
     timeout_s: float,
+    max_output: int | None,
 ) -> None:
     """Run the script of an environment, with the network that its agent has; its output goes to the record.
 
     Raises RunFailure setup_failed, with the end of the output; KilledError.
     """
     argv = ["/bin/sh", "-c", _RUN, "sh", environment["setup_script"]]
-    process = await sandbox.exec(argv, env=env, cwd=cwd, on_listener=gateway.serve)
+    process = await sandbox.exec(
+        argv, env=env, cwd=cwd, on_listener=gateway.serve, max_output=max_output, seconds=timeout_s + GRACE_S
+    )
     tail: list[str] = []
     name = f"The set-up script of the sandbox environment '{environment['name']}'"
     try:
@@ -66,7 +71,11 @@ async def run_setup(
     finally:
         await asyncio.shield(process.kill())
     if end.code != 0:
-        why = "ran out of memory" if end.reason == "oom" else f"ended with exit code {end.code}"
+        why = (
+            f"was ended: {LIMITS[end.reason][1]}"
+            if end.reason in LIMITS
+            else f"ended with exit code {end.code}"
+        )
         raise RunFailure("setup_failed", with_tail(f"{name} {why}.", "\n".join(tail)))
 
 

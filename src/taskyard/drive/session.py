@@ -17,7 +17,7 @@ from taskyard.agents.acp import (
 from taskyard.agents.adapters import (
     Adapter,
 )
-from taskyard.drive.failures import with_tail
+from taskyard.drive.failures import LIMITS, AgentLost, ErrorType, RunFailure, with_tail
 from taskyard.drive.permissions import Permissions
 from taskyard.drive.transcript import Transcript
 from taskyard.gateway.server import Gateway, Usage
@@ -110,22 +110,25 @@ class AgentSession:
     def epitaph(self, message: str) -> str:
         return with_tail(message + ".", self._process.stderr_tail())
 
-    async def was_killed(self) -> bool:
-        """Whether the process was ended from outside, and did not end by itself."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(EXIT_S):
-                return (await self._process.wait()).reason == "killed"
-        return False
+    async def death(self, message: str, error_type: ErrorType) -> AgentLost | RunFailure:
+        """What the end of the process means for the run: its exit code, and the end of its standard error, are told.
 
-    async def obituary(self, message: str) -> str:
-        """Why the process is gone: its exit code and the end of what it wrote to standard error."""
+        error_type: of a process that ended by itself.
+        """
         try:
             async with asyncio.timeout(EXIT_S):
                 end = await self._process.wait()
         except TimeoutError:
-            return self.epitaph(f"{message}: it closed its output but goes on running")
-        reason = f"exit code {end.code}" if end.reason == "exited" else f"{end.reason}, exit code {end.code}"
-        return with_tail(f"{message} ({reason}).", end.stderr_tail)
+            return RunFailure(
+                error_type, self.epitaph(f"{message}: it closed its output but goes on running")
+            )
+        if end.reason in LIMITS:
+            failure, why = LIMITS[end.reason]
+            return RunFailure(failure, with_tail(f"{message}: {why}.", end.stderr_tail))
+        killed = end.reason == "killed"
+        reason = f"killed, exit code {end.code}" if killed else f"exit code {end.code}"
+        text = with_tail(f"{message} ({reason}).", end.stderr_tail)
+        return AgentLost(text) if killed else RunFailure(error_type, text)
 
     async def close(self, *, in_turn: bool = False) -> None:
         """End the agent and everything it started. Idempotent.

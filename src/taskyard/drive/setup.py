@@ -15,7 +15,7 @@ from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, OutputGi
 from taskyard.drive.hooks import run_setup
 from taskyard.drive.snapshot import SnapshotError
 from taskyard.drive.space import no_space
-from taskyard.drive.start import adapter_of, base_environment, start_agent
+from taskyard.drive.start import adapter_of, base_environment, output_bytes, start_agent
 from taskyard.drive.traffic import open_gateway
 from taskyard.drive.turns import ConversingRun
 from taskyard.drive.variables import environment_of, user_variables
@@ -32,6 +32,9 @@ from taskyard.runs.resume import Checkpoint
 from taskyard.sandbox.provider import KilledError, Limits, Sandbox, SandboxError, Spec
 
 log = structlog.get_logger()
+
+SPARE_S = 600.0
+"""A sandbox that the server cannot reach any more ends the agent by itself, so much after the run's deadline."""
 
 
 class PreparingRun(ConversingRun):
@@ -131,8 +134,13 @@ class PreparingRun(ConversingRun):
         return Spec(
             id=name,
             limits=Limits(
-                cpus=limits.cpus, memory_mb=limits.memory_mb, pids=limits.pids, tmp_mb=limits.tmp_mb
+                cpus=limits.cpus,
+                memory_mb=limits.memory_mb,
+                pids=limits.pids,
+                tmp_mb=limits.tmp_mb,
+                disk_mb=limits.disk_mb or None,
             ),
+            needs=frozenset(limits.require),
         )
 
     def _new_work(self, sandbox: Sandbox) -> Work:
@@ -214,6 +222,7 @@ class PreparingRun(ConversingRun):
                 env={**variables, **base_environment(self._row, work)},
                 cwd=work.path,
                 timeout_s=self._limits.setup_s,
+                max_output=output_bytes(parts.settings),
             )
         finally:
             await asyncio.shield(gateway.close())
@@ -240,6 +249,7 @@ class PreparingRun(ConversingRun):
             session_id=session_id,
             asked=asked,
             on_budget=lambda _: self._wake.set(),
+            seconds=max(self._ends_at - self._loop.time(), 0.0) + SPARE_S,
         )
 
     async def _note(self) -> None:

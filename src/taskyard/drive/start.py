@@ -26,7 +26,7 @@ from taskyard.agents.adapters import (
     option_for,
 )
 from taskyard.db.engine import Database, Row
-from taskyard.drive.failures import AgentLost, RunFailure, with_tail
+from taskyard.drive.failures import RunFailure, with_tail
 from taskyard.drive.inside import feed, script
 from taskyard.drive.permissions import Permissions
 from taskyard.drive.recorder import Recorder
@@ -38,8 +38,8 @@ from taskyard.environments.mcp import UnknownVariableError, for_agent
 from taskyard.errors import TaskyardError
 from taskyard.events import entries
 from taskyard.gateway.server import Gateway
-from taskyard.sandbox.programs import program_mounts
-from taskyard.sandbox.provider import Sandbox
+from taskyard.sandbox.programs import named_files, program_mounts
+from taskyard.sandbox.provider import Mount, Sandbox
 from taskyard.settings import Settings
 
 log = structlog.get_logger()
@@ -61,15 +61,17 @@ async def start_agent(
     session_id: str | None = None,
     asked: Sequence[Json] = (),
     on_budget: Callable[[str], None] | None = None,
+    seconds: float,
 ) -> AgentSession:
     """Start the run's agent in its sandbox and open a session, each step within `runs.start_s`.
 
     environment, variables: the run's sandbox environment, and its variables. session_id: of an earlier session whose
     files are in the sandbox; a new one is opened when the agent cannot go on with it. asked: permission requests of
     that session that were not answered. on_budget: called once, with a sentence, when the run's budget is used up.
+    seconds: how long the agent's process may live, whatever becomes of the server.
 
     Raises RunFailure: environment_failed, agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
-    agent_refused. Raises AgentLost when the process was killed from outside.
+    agent_refused, or what a limit of the sandbox is called. Raises AgentLost when the process was killed from outside.
     """
     state = row["state"]
     adapter = adapter_of(settings, state)
@@ -83,15 +85,24 @@ async def start_agent(
             gateway = await open_gateway(
                 settings, database, row, environment, recorder, git=work.served, on_budget=on_budget
             )
-            agent = await _spawn(gateway, adapter, variables, row, sandbox, work, recorder, asked)
+            agent = await _spawn(
+                gateway,
+                adapter,
+                variables,
+                row,
+                sandbox,
+                work,
+                recorder,
+                asked,
+                output_bytes(settings),
+                seconds,
+            )
             title = row["task"]["title"] or "Taskyard run"
             await _open(agent, adapter, state, title, work.path, recorder, session_id, servers)
     except AgentGoneError as error:
         assert agent is not None
-        message = await agent.obituary(f"The agent '{adapter.name}' ended before it was ready")
-        if await agent.was_killed():
-            raise AgentLost(message) from error
-        raise RunFailure("agent_start_failed", message) from error
+        message = f"The agent '{adapter.name}' ended before it was ready"
+        raise await agent.death(message, "agent_start_failed") from error
     except TimeoutError as error:
         tail = agent.stderr_tail() if agent else ""
         message = f"The agent '{adapter.name}' was not ready after {settings.runs.start_s:g} seconds."
@@ -109,6 +120,11 @@ async def start_agent(
             await asyncio.shield(agent.close())
 
 
+def output_bytes(settings: Settings) -> int | None:
+    """What a program of a run may write to its standard output and error."""
+    return settings.sandbox.output_mb * 2**20 or None
+
+
 def adapter_of(settings: Settings, state: Mapping[str, Any]) -> Adapter:
     """The adapter of a run's agent. Raises RunFailure: agent_unknown."""
     name = state.get("agent") or state.get("runtime_adapter") or DEFAULT_AGENT
@@ -120,6 +136,14 @@ def adapter_of(settings: Settings, state: Mapping[str, Any]) -> Adapter:
     return adapter
 
 
+def _program(adapter: Adapter, sandbox: Sandbox) -> tuple[list[str], tuple[Mount, ...]]:
+    """The command of an agent, and the files of the host that it needs. Raises AgentNotInstalledError."""
+    if sandbox.host_programs:
+        return program_mounts(adapter.argv())
+    argv = adapter.argv_in_image()
+    return argv, named_files(argv)
+
+
 async def _spawn(
     gateway: Gateway,
     adapter: Adapter,
@@ -129,15 +153,24 @@ async def _spawn(
     work: Work,
     recorder: Recorder,
     asked: Sequence[Json],
+    max_output: int | None,
+    seconds: float,
 ) -> AgentSession:
     """Start the process. The gateway is its own from now on."""
     state, run_id = row["state"], str(row["id"])
     try:
-        argv, mounts = program_mounts(adapter.argv())
+        argv, mounts = _program(adapter, sandbox)
         env = {**variables, **_environment(adapter, row, sandbox, work)}  # the server's own names win
         await _write_files(adapter, sandbox)
         process = await sandbox.exec(
-            argv, env=env, cwd=work.path, stdin=True, mounts=mounts, on_listener=gateway.serve
+            argv,
+            env=env,
+            cwd=work.path,
+            stdin=True,
+            mounts=mounts,
+            on_listener=gateway.serve,
+            max_output=max_output,
+            seconds=seconds,
         )
     except AgentNotInstalledError as error:
         await asyncio.shield(gateway.close())

@@ -115,10 +115,7 @@ class ConversingRun(WatchedRun):
         except AcpError as error:
             problem = str(error)
         except AgentGoneError as error:
-            message = await agent.obituary("The agent's process ended")
-            if await agent.was_killed():
-                raise AgentLost(message) from error
-            raise RunFailure("agent_crashed", message) from error
+            raise await agent.death("The agent's process ended", "agent_crashed") from error
         finally:
             self._turn = False
         self._check_budget()

@@ -11,7 +11,6 @@ from taskyard.agents.acp import AcpError, AgentGoneError
 from taskyard.commands.store import Letter
 from taskyard.db.hub import Wake
 from taskyard.drive.failures import (
-    AgentLost,
     BudgetSpent,
     Ended,
     Leave,
@@ -190,7 +189,4 @@ class WatchedRun(HeldRun):
     async def _check_agent_lives(self) -> None:
         agent = self._agent
         if agent is not None and agent.gone and not self._closed:
-            message = agent.epitaph("The agent's process ended between turns")
-            if await agent.was_killed():
-                raise AgentLost(message)
-            raise RunFailure("agent_crashed", message)
+            raise await agent.death("The agent's process ended between turns", "agent_crashed")

@@ -103,7 +103,9 @@ class Gateway:
         try:
             # asyncio sets it only on sockets made with an explicit protocol number. Without it the pieces of a stream
             # wait for the other side's delayed acknowledgement, 40 ms each.
-            writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            inner = writer.get_extra_info("socket")
+            if inner.family != socket.AF_UNIX:
+                inner.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._converse(Connection(reader, writer, self._side))
         except (OSError, asyncio.CancelledError):
             writer.transport.abort()  # the client has left, or close() was called

@@ -17,8 +17,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from taskyard.sandbox import cgroups, checks, strays
+from taskyard.sandbox import cgroups, checks, strays, sweep
 from taskyard.sandbox.cgroups import Cgroups
+from taskyard.sandbox.disk import DiskWatch
 from taskyard.sandbox.folder import Folder, check_id, group_name
 from taskyard.sandbox.identities import UidRange
 from taskyard.sandbox.launch import Host, command_line, door_command
@@ -28,14 +29,17 @@ from taskyard.sandbox.process import BubblewrapProcess, start
 from taskyard.sandbox.provider import (
     HOME,
     WORKSPACE,
+    Kept,
     KilledError,
     ListenerHandler,
     Mount,
     Problem,
     SandboxError,
     Spec,
+    Swept,
+    require,
 )
-from taskyard.settings import Settings
+from taskyard.settings import Capability, Settings
 
 END_S = 5.0
 """A sandbox whose door is gone has this long to end."""
@@ -45,13 +49,17 @@ class BubblewrapProvider:
     """See provider.Provider."""
 
     name = "bubblewrap"
-    capabilities = frozenset({"network:none", "network:listener", "stdin"})
 
     def __init__(self, settings: Settings) -> None:
         # Absolute: claims on uids name it for all servers of this host.
         self.root = settings.data_dir.absolute() / "sandboxes"
         self._uid_range = settings.sandbox.uid_range
         self._host: Host | None = None
+        self._disk = DiskWatch(self.root)
+
+    async def capabilities(self) -> frozenset[Capability]:
+        """See provider.Provider."""
+        return _able(await self.host())
 
     async def check(self) -> list[Problem]:
         """See provider.Provider. If nothing fatal is missing, a command is run in a sandbox of its own."""
@@ -67,13 +75,14 @@ class BubblewrapProvider:
 
     async def create(self, spec: Spec) -> BubblewrapSandbox:
         host = await self.host()
+        require(self.name, _able(host), spec)
         path = self.root / check_id(spec.id)
         await self._remove_dead(spec.id)
         try:
             folder = await asyncio.to_thread(Folder.create, path, spec.limits, host.uids)
         except OSError as error:
             raise SandboxError(f"the folder of a sandbox cannot be made: {error}") from error
-        sandbox = BubblewrapSandbox(host, folder, spec.mounts)
+        sandbox = BubblewrapSandbox(host, folder, self._disk, spec.mounts)
         try:
             sandbox.limit()
         except BaseException:
@@ -87,7 +96,7 @@ class BubblewrapProvider:
         folder = await asyncio.to_thread(Folder.open, self.root / check_id(sandbox_id))
         if folder is None:
             return None
-        sandbox = BubblewrapSandbox(host, folder)
+        sandbox = BubblewrapSandbox(host, folder, self._disk)
         try:
             await sandbox.take_over()
             sandbox.limit()
@@ -109,6 +118,14 @@ class BubblewrapProvider:
         except FileNotFoundError:
             return []
 
+    async def sweep(self, kept: Kept) -> Swept:
+        """See provider.Provider."""
+        return await sweep.sweep(self, kept)
+
+    async def close(self) -> None:
+        """See provider.Provider."""
+        await self._disk.close()
+
     async def host(self) -> Host:
         """What this machine has for sandboxes. Raises SetupError when it cannot run any."""
         if self._host is None:
@@ -122,16 +139,23 @@ class BubblewrapProvider:
         return self._host
 
 
+def _able(host: Host) -> frozenset[Capability]:
+    limited: frozenset[Capability] = frozenset({"memory", "cpu", "pids"} if host.cgroups else ())
+    return limited | {"disk", "host-programs"}
+
+
 class BubblewrapSandbox:
     """See provider.Sandbox. Made by BubblewrapProvider."""
 
     workspace = WORKSPACE
     home = HOME
+    host_programs = True
 
-    def __init__(self, host: Host, folder: Folder, mounts: Sequence[Mount] = ()) -> None:
+    def __init__(self, host: Host, folder: Folder, disk: DiskWatch, mounts: Sequence[Mount] = ()) -> None:
         self.id = folder.path.name
         self._host = host
         self._folder = folder
+        self._disk = disk
         self._mounts = tuple(mounts)
         self._group = host.cgroups.group(group_name(folder.path)) if host.cgroups else None
         self._thread = threading.get_ident()
@@ -169,6 +193,8 @@ class BubblewrapSandbox:
         stdin: bool = False,
         mounts: Sequence[Mount] = (),
         on_listener: ListenerHandler | None = None,
+        max_output: int | None = None,
+        seconds: float | None = None,
     ) -> BubblewrapProcess:
         """See provider.Sandbox. Raises RuntimeError in another thread than the one that made the sandbox."""
         if not argv:
@@ -192,10 +218,17 @@ class BubblewrapSandbox:
         starting = asyncio.get_running_loop().create_future()
         self._starting.add(starting)
         try:
-            return await self._start(list(argv), scene, stdin, on_listener)
+            process = await self._start(list(argv), scene, stdin, on_listener, max_output, seconds)
         finally:
             self._starting.discard(starting)
             starting.set_result(None)
+        if self._folder.limits.disk_mb is not None:
+            self._disk.add(self, self._folder.limits.disk_mb)
+        return process
+
+    async def fill_up(self) -> None:
+        """End everything in it because it holds more than its limit of disk space."""
+        await asyncio.gather(*(process.kill("disk") for process in self._processes))
 
     async def destroy(self) -> None:
         await self._end(remove=True)
@@ -209,6 +242,7 @@ class BubblewrapSandbox:
         await asyncio.shield(self._destruction)
 
     async def _free(self, *, remove: bool) -> None:
+        self._disk.remove(self)
         while self._processes or self._starting:
             processes, self._processes = self._processes, set()
             await asyncio.gather(*(process.kill() for process in processes), *self._starting)
@@ -220,7 +254,13 @@ class BubblewrapSandbox:
             self._folder.close()
 
     async def _start(
-        self, command: list[str], scene: Scene, stdin: bool, on_listener: ListenerHandler | None
+        self,
+        command: list[str],
+        scene: Scene,
+        stdin: bool,
+        on_listener: ListenerHandler | None,
+        max_output: int | None,
+        seconds: float | None,
     ) -> BubblewrapProcess:
         info, info_writer = os.pipe()
         channel: socket.socket | None = None
@@ -236,7 +276,15 @@ class BubblewrapSandbox:
                 line = command_line(
                     self._host, self._folder, self._group, scene, command, handed, info_writer
                 )
-                process = await start(line, handed, info, stdin=stdin, oom_kills=self._oom_kills)
+                process = await start(
+                    line,
+                    handed,
+                    info,
+                    stdin=stdin,
+                    oom_kills=self._oom_kills,
+                    max_output=max_output,
+                    seconds=seconds,
+                )
                 self._processes = {process, *(other for other in self._processes if not other.closed)}
             await process.started()
             if channel is not None and on_listener is not None:

@@ -16,11 +16,10 @@ import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 from taskyard.sandbox.policy import Handed
-from taskyard.sandbox.provider import STDERR_BYTES, Exit, KilledError, SandboxError
-from taskyard.sandbox.streams import Streams, Tail, connect
+from taskyard.sandbox.provider import STDERR_BYTES, Exit, KilledError, Reason, SandboxError
+from taskyard.sandbox.streams import Meter, Streams, Tail, connect
 
 _START_S = 10.0
 _SIGKILL_STATUS = 128 + signal.SIGKILL
@@ -32,7 +31,13 @@ class BubblewrapProcess:
     """See provider.Process. Made by `start`."""
 
     def __init__(
-        self, monitor: subprocess.Popen[bytes], streams: Streams, info: int, was_oom: Callable[[], bool]
+        self,
+        monitor: subprocess.Popen[bytes],
+        streams: Streams,
+        info: int,
+        was_oom: Callable[[], bool],
+        max_output: int | None,
+        seconds: float | None,
     ) -> None:
         self._monitor = monitor
         self._streams = streams
@@ -40,14 +45,20 @@ class BubblewrapProcess:
         self._begun = False
         self._first: int | None = None
         """pidfd of the first process of the sandbox."""
-        self._killed = False
+        self._why: Reason | None = None
+        """For what it was ended by force."""
         self._tail = Tail(STDERR_BYTES)
+        self._tail.meter = streams.stdout.meter = Meter(max_output, lambda: self._end_for("output"))
+        self._ending: asyncio.Task[None] | None = None
         self.pid = monitor.pid
         self.stdin = streams.stdin
         self.stdout: asyncio.StreamReader = streams.stdout
         self._drain = asyncio.create_task(self._tail.drain(streams.stderr), name=f"stderr of {self.pid}")
         self._look = asyncio.create_task(self._find_first(info), name=f"start of {self.pid}")
         self._end = asyncio.create_task(self._await_end(), name=f"end of {self.pid}")
+        if seconds is not None:
+            clock = asyncio.get_running_loop().call_later(seconds, self._end_for, "timeout")
+            self._end.add_done_callback(lambda _: clock.cancel())
 
     @property
     def closed(self) -> bool:
@@ -60,9 +71,10 @@ class BubblewrapProcess:
     async def wait(self) -> Exit:
         return await asyncio.shield(self._end)
 
-    async def kill(self) -> None:
+    async def kill(self, why: Reason = "killed") -> None:
+        """See provider.Process. why: what wait() tells as the reason."""
         if not self._end.done():
-            self._killed = True
+            self._why = self._why or why
             # For a moment after it has forked, the end of bwrap does not yet end the sandbox.
             await asyncio.wait({self._look}, timeout=_START_S)
             if self._first is not None:
@@ -90,6 +102,10 @@ class BubblewrapProcess:
                 f"the sandbox does not start: {end.stderr_tail.strip() or f'exit status {end.code}'}"
             )
 
+    def _end_for(self, why: Reason) -> None:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self.kill(why), name=f"limit of {self.pid}")
+
     async def _find_first(self, info: int) -> None:
         """Read from a pipe what bwrap says about the first process."""
         text = b""
@@ -116,14 +132,21 @@ class BubblewrapProcess:
         code = status if status >= 0 else 128 - status
         return Exit(code, self._reason(code), self.stderr_tail())
 
-    def _reason(self, code: int) -> Literal["exited", "killed", "oom"]:
+    def _reason(self, code: int) -> Reason:
         if code != _SIGKILL_STATUS:
             return "exited"
-        return "oom" if self._was_oom() and not self._killed else "killed"
+        return self._why or ("oom" if self._was_oom() else "killed")
 
 
 async def start(
-    command: Sequence[str], handed: Handed, info: int, *, stdin: bool, oom_kills: Callable[[], int]
+    command: Sequence[str],
+    handed: Handed,
+    info: int,
+    *,
+    stdin: bool,
+    oom_kills: Callable[[], int],
+    max_output: int | None,
+    seconds: float | None,
 ) -> BubblewrapProcess:
     """Start a command that becomes bwrap. `handed` is what it inherits besides its three standard streams.
 
@@ -142,7 +165,7 @@ async def start(
     finally:
         for fd in theirs:
             os.close(fd)
-    return BubblewrapProcess(monitor, streams, info, lambda: oom_kills() > before)
+    return BubblewrapProcess(monitor, streams, info, lambda: oom_kills() > before, max_output, seconds)
 
 
 def _spawn(command: Sequence[str], theirs: Sequence[int], handed: Handed) -> subprocess.Popen[bytes]:

@@ -50,6 +50,19 @@ def program_mounts(argv: Sequence[str]) -> tuple[list[str], tuple[Mount, ...]]:
     return command, tuple(_without_covered(found))
 
 
+def named_files(argv: Sequence[str]) -> tuple[Mount, ...]:
+    """The files of this host that a command names besides its program, for a sandbox with programs of its own."""
+    found = {
+        item: Mount(Path(item), item)
+        for item in argv[1:]
+        if item.startswith("/")
+        and "\0" not in item
+        and not _is_there_anyway(Path(item))
+        and Path(item).is_file()
+    }
+    return tuple(found.values())
+
+
 def _look_up(name: str) -> str:
     if shutil.which(name, path=SEARCH_PATH):
         return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,24 @@ from taskyard.sandbox.provider import LINE_BYTES
 
 READ_AHEAD = 64 * 1024
 """The transport stops reading at twice this much."""
+
+
+class Meter:
+    """Counts what a command writes, and says once when it is more than `limit` bytes."""
+
+    def __init__(self, limit: int | None, on_excess: Callable[[], object]) -> None:
+        self._left = limit
+        self._on_excess = on_excess
+        self.exceeded = False
+
+    def count(self, size: int) -> None:
+        """So many more bytes were written."""
+        if self._left is None or self.exceeded:
+            return
+        self._left -= size
+        if self._left < 0:
+            self.exceeded = True
+            self._on_excess()
 
 
 class LineReader(asyncio.StreamReader):
@@ -26,6 +45,13 @@ class LineReader(asyncio.StreamReader):
         super().__init__(limit=READ_AHEAD)
         self._line_bytes = line_bytes
         self._head = bytearray()
+        self.meter: Meter | None = None
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]  # bytes are what comes
+        """As the original."""
+        if self.meter is not None:
+            self.meter.count(len(data))
+        super().feed_data(data)
 
     async def readuntil(self, separator: bytes = b"\n") -> bytes:  # type: ignore[override]  # tuples: 3.13 only
         """As the original; LimitOverrunError beyond the longest line, whose begin is dropped then."""
@@ -76,11 +102,18 @@ class Tail:
     def __init__(self, size: int) -> None:
         self._size = size
         self._bytes = b""
+        self.meter: Meter | None = None
 
     async def drain(self, reader: asyncio.StreamReader) -> None:
         """Read to the end of the stream."""
         while chunk := await reader.read(READ_AHEAD):
-            self._bytes = (self._bytes + chunk)[-self._size :]
+            self.add(chunk)
+
+    def add(self, data: bytes) -> None:
+        """This was written, too."""
+        if self.meter is not None:
+            self.meter.count(len(data))
+        self._bytes = (self._bytes + data)[-self._size :]
 
     def text(self) -> str:
         """What is kept; bytes that are no UTF-8 become U+FFFD."""
@@ -124,6 +157,24 @@ class _End:
         if not self._closed:
             self._closed = True
             os.close(self._descriptor)
+
+
+async def reader_of(descriptor: int) -> asyncio.StreamReader:
+    """A reader of one end of a pipe, which it closes at its end."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=READ_AHEAD)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    await loop.connect_read_pipe(partial(_same, protocol), _End(descriptor, loop))
+    return reader
+
+
+async def writer_of(descriptor: int) -> asyncio.StreamWriter:
+    """A writer to one end of a pipe; it is to be closed."""
+    loop = asyncio.get_running_loop()
+    unused = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(unused)
+    transport, _ = await loop.connect_write_pipe(partial(_same, protocol), _End(descriptor, loop))
+    return asyncio.StreamWriter(transport, protocol, unused, loop)
 
 
 async def connect(*, stdin: bool) -> tuple[Streams, list[int]]:

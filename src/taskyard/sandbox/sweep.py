@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Set
+from collections.abc import Callable, Coroutine, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from taskyard.sandbox import identities, strays
-from taskyard.sandbox.bubblewrap import BubblewrapProvider
 from taskyard.sandbox.folder import group_name
-from taskyard.sandbox.provider import SandboxError
+from taskyard.sandbox.provider import Kept, Provider, SandboxError, Swept
 from taskyard.sandbox.strays import Stray
 
-log = structlog.get_logger()
+if TYPE_CHECKING:
+    from taskyard.sandbox.bubblewrap import BubblewrapProvider
 
-Kept = Callable[[Collection[str]], Awaitable[Set[str]]]
-"""Which of these ids of sandboxes that nobody may hold will be attached again."""
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -61,37 +60,22 @@ def leftovers(facts: Facts, kept: Set[str]) -> Leftovers:
     )
 
 
-@dataclass
-class Swept:
-    """What was removed, by name."""
-
-    sandboxes: list[str] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    processes: list[int] = field(default_factory=list)
-
-
 async def sweep(provider: BubblewrapProvider, kept: Kept) -> Swept:
-    """Look, decide, remove. What cannot be removed is logged and left for the next time.
-
-    Several servers may do this at once, on one data folder too. Raises what `kept` raises; then no folder is
-    touched whose owner is not known.
-    """
+    """Look, decide, remove. See provider.Provider.sweep."""
     host = await provider.host()
     facts = await asyncio.to_thread(look, provider.root, host.cgroups.names if host.cgroups else set)
     left = leftovers(facts, await kept(facts.sandboxes) if facts.sandboxes else frozenset())
     swept = Swept()
     for stray in left.processes:
-        if await _done(f"process {stray.pid}", strays.end(provider.root, [stray])):
+        if await done(f"process {stray.pid}", strays.end(provider.root, [stray])):
             swept.processes.append(stray.pid)
     for name in left.groups:
         assert host.cgroups is not None
-        if await _done(f"control group {name}", host.cgroups.group(name).remove()):
+        if await done(f"control group {name}", host.cgroups.group(name).remove()):
             swept.groups.append(name)
     for name in left.sandboxes:
-        if await _done(f"sandbox {name}", _remove(provider, name, kept)):
+        if await done(f"sandbox {name}", remove(provider, name, kept)):
             swept.sandboxes.append(name)
-    if removed := {kind: names for kind, names in vars(swept).items() if names}:
-        log.info("removed what dead servers left", **removed)
     return swept
 
 
@@ -116,8 +100,8 @@ def look(root: Path, groups: Callable[[], set[str]]) -> Facts:
     )
 
 
-async def _remove(provider: BubblewrapProvider, name: str, kept: Kept) -> bool:
-    """Remove a sandbox; False when somebody else was faster."""
+async def remove(provider: Provider, name: str, kept: Kept) -> bool:
+    """Remove a sandbox that nobody holds or keeps; False when somebody else was faster."""
     sandbox = await provider.attach(name)
     if sandbox is None:
         return False
@@ -133,7 +117,7 @@ async def _remove(provider: BubblewrapProvider, name: str, kept: Kept) -> bool:
     return not wanted
 
 
-async def _done(what: str, work: Coroutine[Any, Any, bool | None]) -> bool:
+async def done(what: str, work: Coroutine[Any, Any, bool | None]) -> bool:
     """Whether it was done; why not is logged."""
     try:
         return await work is not False
