@@ -15,8 +15,7 @@ def taskyard(
 ) -> subprocess.CompletedProcess[str]:
     """The finished command. Of the environment's settings it sees only those given here; data in `cwd`/data."""
     return subprocess.run(
-        # Programs that a shell starts in the background ignore it, and so would this one.
-        ["env", "--default-signal=INT", *_command(words)],
+        command_line(*words),
         cwd=cwd,
         env=_environment(cwd, env),
         input=stdin,
@@ -32,8 +31,7 @@ def started(*words: str, cwd: Path, **env: str) -> Iterator[subprocess.Popen[str
     """The running command, with pipes; killed at the end if it still runs."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        # Programs that a shell starts in the background ignore it, and so would this one.
-        ["env", "--default-signal=INT", *_command(words)],
+        command_line(*words),
         cwd=cwd,
         env=_environment(cwd, env),
         stdout=pipe,
@@ -46,8 +44,10 @@ def started(*words: str, cwd: Path, **env: str) -> Iterator[subprocess.Popen[str
             process.kill()
 
 
-def _command(words: tuple[str, ...]) -> list[str]:
-    return [sys.executable, "-m", "taskyard.cli", *words]
+def command_line(*words: str) -> list[str]:
+    """The command as it is installed here."""
+    # Programs that a shell starts in the background ignore Ctrl-C, and so would this one.
+    return ["env", "--default-signal=INT", sys.executable, "-m", "taskyard.cli", *words]
 
 
 def _environment(cwd: Path, env: dict[str, str]) -> dict[str, str]:

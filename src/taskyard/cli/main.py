@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from taskyard import __version__
-from taskyard.cli import admin, agents, config, demo, doctor, runs, serve
+from taskyard.cli import admin, agents, config, demo, doctor, runs, sandbox, serve
 from taskyard.errors import TaskyardError
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ for group in (serve, runs, demo, doctor, config):
     group.add_to(app)
 app.add_typer(agents.app, name="agents")
 app.add_typer(admin.app, name="admin")
+app.add_typer(sandbox.app, name="sandbox")
 
 
 def run() -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from taskyard.db.engine import Row
 from taskyard.drive.failures import LIMITS, RunFailure, with_tail
 from taskyard.drive.inside import checked
-from taskyard.drive.recorder import Recorder
-from taskyard.events import entries
 from taskyard.gateway.server import Gateway
 from taskyard.sandbox.provider import Sandbox
 
@@ -33,15 +31,14 @@ async def run_setup(
     environment: Row,
     sandbox: Sandbox,
     gateway: Gateway,
-    recorder: Recorder,
-    run_id: str,
+    say: Callable[[str], Awaitable[None]],
     *,
     env: Mapping[str, str],
     cwd: str,
     timeout_s: float,
     max_output: int | None,
 ) -> None:
-    """Run the script of an environment, with the network that its agent has; its output goes to the record.
+    """Run the script of an environment, with the network that its agent has. `say` gets its output, line by line.
 
     Raises RunFailure setup_failed, with the end of the output; KilledError.
     """
@@ -59,10 +56,9 @@ async def run_setup(
                 tail = [*tail[-19:], line]
                 shown += 1
                 if shown <= MAX_LINES and line:
-                    recorder.add(entries.console(run_id, "info", line))
+                    await say(line)
                 if shown == MAX_LINES:
-                    recorder.add(entries.console(run_id, "info", "… further output is not shown"))
-                await recorder.room()
+                    await say("… further output is not shown")
             end = checked(await process.wait())
     except TimeoutError:
         raise RunFailure(

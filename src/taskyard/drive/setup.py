@@ -30,11 +30,28 @@ from taskyard.runs import resume
 from taskyard.runs import store as runs
 from taskyard.runs.resume import Checkpoint
 from taskyard.sandbox.provider import KilledError, Limits, Sandbox, SandboxError, Spec
+from taskyard.settings import Settings
 
 log = structlog.get_logger()
 
 SPARE_S = 600.0
 """A sandbox that the server cannot reach any more ends the agent by itself, so much after the run's deadline."""
+
+
+def spec_of(settings: Settings, name: str) -> Spec:
+    """The sandbox that a run of this name gets."""
+    limits = settings.sandbox
+    return Spec(
+        id=name,
+        limits=Limits(
+            cpus=limits.cpus,
+            memory_mb=limits.memory_mb,
+            pids=limits.pids,
+            tmp_mb=limits.tmp_mb,
+            disk_mb=limits.disk_mb or None,
+        ),
+        needs=frozenset(limits.require),
+    )
 
 
 class PreparingRun(ConversingRun):
@@ -130,18 +147,7 @@ class PreparingRun(ConversingRun):
         return False
 
     def _spec(self, name: str) -> Spec:
-        limits = self.parts.settings.sandbox
-        return Spec(
-            id=name,
-            limits=Limits(
-                cpus=limits.cpus,
-                memory_mb=limits.memory_mb,
-                pids=limits.pids,
-                tmp_mb=limits.tmp_mb,
-                disk_mb=limits.disk_mb or None,
-            ),
-            needs=frozenset(limits.require),
-        )
+        return spec_of(self.parts.settings, name)
 
     def _new_work(self, sandbox: Sandbox) -> Work:
         parts = self.parts
@@ -217,8 +223,7 @@ class PreparingRun(ConversingRun):
                 environment,
                 sandbox,
                 gateway,
-                self.recorder,
-                self.run_id,
+                self._say,
                 env={**variables, **base_environment(self._row, work)},
                 cwd=work.path,
                 timeout_s=self._limits.setup_s,
@@ -226,6 +231,10 @@ class PreparingRun(ConversingRun):
             )
         finally:
             await asyncio.shield(gateway.close())
+
+    async def _say(self, line: str) -> None:
+        self.recorder.add(entries.console(self.run_id, "info", line))
+        await self.recorder.room()
 
     async def _make_agent(
         self,

@@ -46,6 +46,16 @@ log = structlog.get_logger()
 Json = dict[str, Any]
 
 WRITE_S = 30.0
+GATEWAY_VARIABLES = {
+    "LLM_GATEWAY_URL": GATEWAY,
+    "HTTP_PROXY": GATEWAY,
+    "HTTPS_PROXY": GATEWAY,
+    "http_proxy": GATEWAY,
+    "https_proxy": GATEWAY,
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+"""What shows programs in a sandbox the way out."""
 
 
 async def start_agent(
@@ -281,13 +291,7 @@ def base_environment(row: Row, work: Work) -> dict[str, str]:
         "GIT_AUTHOR_EMAIL": email,
         "GIT_COMMITTER_NAME": name,
         "GIT_COMMITTER_EMAIL": email,
-        "LLM_GATEWAY_URL": GATEWAY,
-        "HTTP_PROXY": GATEWAY,
-        "HTTPS_PROXY": GATEWAY,
-        "http_proxy": GATEWAY,
-        "https_proxy": GATEWAY,
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
+        **GATEWAY_VARIABLES,
         **work.variables,
     }
     if previous := row["state"].get("resume_from_run_id"):

@@ -77,7 +77,7 @@ async def open_gateway(
         budget_of(settings.budget, row["state"], usage, spent_month),
         prices,
     )
-    if note := _network_note(network, environment):
+    if note := network_note(network, environment):
         recorder.add(entries.console(str(run_id), "info", note))
     calls = CallLog(database, run_id, project_id)
 
@@ -140,7 +140,7 @@ def _route(name: str, upstream: Upstream, variable: str) -> ModelRoute:
     )
 
 
-def _network_note(network: Network, environment: Row | None) -> str | None:
+def network_note(network: Network, environment: Row | None) -> str | None:
     if environment is None:
         return None
     name, level = environment["name"], environment["network_access_level"]

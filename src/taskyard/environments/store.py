@@ -47,6 +47,14 @@ async def get(
     return await fetch_one(source, query, id=environment_id, project=project_id, user=user_id)
 
 
+async def named(database: Database, word: str) -> list[Row]:
+    """All environments of the site with this id or name, whoever may see them: for who runs the server."""
+    query: LiteralString = (
+        SELECT + " WHERE e.id::text = lower(%(word)s) OR e.name = %(word)s ORDER BY e.project_id, e.id"
+    )
+    return await database.fetch(query, word=word)
+
+
 async def page(
     database: Database, project_id: int, user_id: int, limit: int, offset: int
 ) -> tuple[list[Row], int]:
