@@ -63,13 +63,13 @@ async def schema_problem(schema: Any) -> str | None:
         return TOO_DEEP
 
 
-async def value_problem(schema: Any, value: Any) -> str | None:
-    """Why a value does not fit a schema; None when it does."""
+async def value_problem(schema: Any, value: Any, *, placed: bool = False) -> str | None:
+    """Why a value does not fit a schema; None when it does. placed: beginning with where, as in `$.items[2]: …`."""
     try:
         work = len(json.dumps(schema)) * len(json.dumps(value))
         if work <= SMALL_WORK and _is_plain(schema):
-            return value_problem_now(schema, value)
-        return await _apart([schema, value])
+            return value_problem_now(schema, value, placed)
+        return await _apart([schema, value, placed])
     except RecursionError:
         return TOO_DEEP
 
@@ -90,7 +90,7 @@ def schema_problem_now(schema: Any) -> str | None:
     return None
 
 
-def value_problem_now(schema: Any, value: Any) -> str | None:
+def value_problem_now(schema: Any, value: Any, placed: bool = False) -> str | None:
     """As `value_problem`, for as long as it takes.
 
     References lead to the schema itself and to the published meta-schemas, never to the network: the server
@@ -113,7 +113,9 @@ def value_problem_now(schema: Any, value: Any) -> str | None:
     except (SchemaError, UnknownType, re.error, TypeError, AttributeError, ArithmeticError, ValueError):
         # What was written before schemas were checked, or what only the meta-schema of another draft allows.
         return "json_schema cannot be applied to it"
-    return None if error is None else str(error.message)
+    if error is None:
+        return None
+    return f"{error.json_path}: {error.message}" if placed else str(error.message)
 
 
 def _is_plain(schema: Any, depth: int = 0) -> bool:
@@ -167,7 +169,7 @@ async def _apart(parts: list[Any]) -> str | None:
 
 
 def _main() -> None:
-    """The process: a JSON array of a schema and perhaps a value comes in, the problem or null goes out."""
+    """The process: a JSON array of what the check takes comes in, the problem or null goes out."""
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     parts = json.load(sys.stdin)

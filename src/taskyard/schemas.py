@@ -87,7 +87,7 @@ def parse(model: type[M], content_type: str, raw: bytes) -> M:
         if kind and kind != "application/json" and not kind.endswith("+json"):
             raise UnsupportedMediaTypeError(f'Unsupported media type "{content_type}" in request.')
         try:
-            value = _DECODER.decode(raw.decode())
+            value = DECODER.decode(raw.decode())
         except (ValueError, RecursionError) as error:
             raise InvalidInputError(f"JSON parse error - {error}", code="parse_error") from error
         if not model.opaque and _UNSTORABLE.search(raw):
@@ -116,7 +116,8 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+DECODER = json.JSONDecoder(parse_constant=_no_constant)
+"""Reads JSON as others send it: without NaN and Infinity, which Python would take."""
 _UNSTORABLE = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 

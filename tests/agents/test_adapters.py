@@ -98,6 +98,14 @@ def test_the_environment_of_claude(tmp_path: Path) -> None:
     assert adapter.environment()["ANTHROPIC_MODEL"] == "opus"
 
 
+def test_the_session_of_claude(tmp_path: Path) -> None:
+    adapter = adapters(settings(tmp_path))["claude"]
+    options = {"title": "Taskyard run", "promptSuggestions": False}
+    assert adapter.session_meta() == {"claudeCode": {"options": options}}
+    asked_for_nothing = {**options, "allowedTools": ["mcp__taskyard__submit_result"]}
+    assert adapter.session_meta(["taskyard__submit_result"]) == {"claudeCode": {"options": asked_for_nothing}}
+
+
 def test_the_environment_of_codex(tmp_path: Path) -> None:
     adapter = adapters(settings(tmp_path))["codex"]
     config = json.loads(adapter.environment('gpt "5"', "high")["CODEX_CONFIG"])

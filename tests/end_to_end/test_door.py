@@ -113,6 +113,18 @@ class TestBudget:
     def areas(self, request: pytest.FixtureRequest) -> dict[str, Any]:
         return {"budget": BudgetSettings(end=request.param)}
 
+    async def test_a_used_up_budget_takes_no_result_away(self, live: Yard) -> None:
+        task = await live.api().create_task(
+            description="\n".join(['SUBMIT {"answer": 7}', ask_model(), ask_model(), "SLEEP 60"]),
+            json_schema={"type": "object"},
+        )
+        asked = {"budget_tokens": A_CALL + 1, **SCRIPTED}
+        started = ok(await live.api().post(f"tasks/{task['id']}/run/", asked))["latest_run"]
+        run = Run(live.api(), task["id"], started["id"])
+        body = await run.status("failed", "completed")
+        assert (body["status"], body["error_message"], body["output"]) == ("completed", None, {"answer": 7})
+        assert any("is used up" in warning for warning in warnings(await run.log()))
+
     async def test_a_used_up_budget_ends_the_run_and_keeps_its_work(
         self, live: Yard, settings: Settings, shop: Path, repository: str
     ) -> None:

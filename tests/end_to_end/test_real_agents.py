@@ -18,7 +18,7 @@ from taskyard.db.engine import Database
 from taskyard.settings import ModelSettings, RateLimitSettings, Settings, Upstream
 from tests.conftest import make_settings
 from tests.support.model_endpoint import INPUT_TOKENS, OUTPUT_TOKENS, Endpoint, model_endpoint
-from tests.support.repositories import heads, run_git
+from tests.support.repositories import commit_file, heads, run_git
 from tests.support.yard import Run, Yard, eventually, of_method, ok, open_yard, said, updates
 
 KEY = "sk-real-key-that-stays-outside"
@@ -215,3 +215,47 @@ async def test_a_budget_that_ends_in_the_middle_of_an_answer(
     assert body["error_message"].startswith("This run's budget of 500 tokens is used up")
     assert run_git(shop, "show", f"{body['output']['head_branch']}:notes.txt").strip() == "kept"
     assert body["state"]["token_usage"]["output_tokens"] < 500
+
+
+@both
+async def test_instructions_of_the_repository_are_followed(
+    live: Yard, shop: Path, repository: str, endpoint: Endpoint, agent: str
+) -> None:
+    """Both read AGENTS.md by themselves, Claude Code where there is no CLAUDE.md."""
+    commit_file(shop, "AGENTS.md", "Always say wombat.\n")
+    run = await live.api().start("[[text:Understood.]]", repository=repository, **MODELS[agent])
+    body = await run.status("completed", "failed")
+    assert body["status"] == "completed", body["error_message"]
+    assert "Always say wombat." in json.dumps(endpoint.model_calls()[-1].body)
+
+
+@both
+@pytest.mark.parametrize("mode", ["asking", "background"])
+async def test_a_structured_result(
+    live: Yard, shop: Path, repository: str, endpoint: Endpoint, agent: str, mode: str
+) -> None:
+    """Given by the tool at the second try. In a mode that asks for permissions nobody is asked for this one."""
+    schema = {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]}
+    prompt = (
+        '[[tool:mcp__taskyard__submit_result|{"answer": "many"}]]'
+        '[[tool:mcp__taskyard__submit_result|{"answer": 42}]] [[text:Given.]]'
+    )
+    task = await live.api().create_task(description=prompt, repository=repository, json_schema=schema)
+    asking = {"claude": "default", "codex": "read-only"}[agent]
+    how = {"mode": "interactive", "initial_permission_mode": asking} if mode == "asking" else {}
+    started = ok(await live.api().post(f"tasks/{task['id']}/run/", {**how, **MODELS[agent]}))["latest_run"]
+    run = Run(live.api(), task["id"], started["id"])
+    body = await run.status("completed", "failed")
+    assert (body["status"], body["error_message"], body["output"]) == ("completed", None, {"answer": 42})
+    log = await run.log()
+    assert "Given." in said(log)
+    assert not of_method(log, "_posthog/permission_request")
+    # The user's message is recorded as it was sent, and the agent is told what else it needs to know.
+    assert [update["content"]["text"] for update in updates(log, "user_message_chunk")] == [prompt]
+    told = json.dumps(endpoint.model_calls()[-1].body)
+    assert "this task ends with a structured result" in told
+    assert "The result was not taken. $.answer: 'many' is not of type 'integer'" in told
+    assert "The result was taken." in told
+    assert not [
+        entry["message"] for entry in of_method(log, "_posthog/console") if "refused" in entry["message"]
+    ]

@@ -37,6 +37,7 @@ async def test_kept_and_shown(yard: Yard) -> None:
         ([{"name": "a", "type": "http", "url": "http://[x"}], "mcp_servers__0"),
         ([{"name": "a", "type": "pipe"}], "mcp_servers__0__type"),
         ([{"name": "a", "command": "x"}] * 2, "mcp_servers"),
+        ([{"name": "taskyard", "command": "x"}], "mcp_servers"),
         ("x", "mcp_servers"),
         (None, "mcp_servers"),
     ],

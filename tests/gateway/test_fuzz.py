@@ -32,7 +32,7 @@ from taskyard.gateway.egress import Traffic
 from taskyard.gateway.hosts import HostRules
 from taskyard.gateway.models import KeyMask, ModelRoute
 from taskyard.gateway.pkt_line import BadPushError, PushReader
-from taskyard.gateway.policy import GitRepository, Network, Policy
+from taskyard.gateway.policy import GitRepository, Network, Policy, Tool, ToolAnswer
 from taskyard.gateway.usage import Meter, SseParser
 from tests.gateway.test_client_hello import client_hello, extension, in_records, names
 from tests.gateway.test_pkt_line import command, pkt
@@ -146,6 +146,9 @@ async def converse(data: bytes, network: Network, found: list[Any] | None = None
     async def token() -> str | None:
         return TOKEN
 
+    async def submit(_: dict[str, Any]) -> ToolAnswer:
+        return ToolAnswer("taken")
+
     outside, pipe = Outside(), Pipe()
     if found is not None:
         outside.found = found
@@ -153,6 +156,7 @@ async def converse(data: bytes, network: Network, found: list[Any] | None = None
     policy = Policy(
         "run", {"anthropic": ModelRoute("https://model.test/base", KEY)}, network,
         [GitRepository("acme/shop", "https://git.test/acme/shop.git", ("own",), token)],
+        tools=[Tool("submit", "Takes.", {"type": "object"}, submit)],
     )  # fmt: skip
     reader = asyncio.StreamReader()
     reader.feed_data(data)
@@ -387,6 +391,8 @@ REQUESTS = [
     b"POST /git/acme/shop/git-upload-pack HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n0000",
     b"POST /git/acme/shop/git-receive-pack HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n0000",
     b"CONNECT allowed.test:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /taskyard/mcp HTTP/1.1\r\nHost: x\r\nMCP-Protocol-Version: 2025-11-25\r\n\r\n",
+    b'POST /taskyard/mcp HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n{"jsonrpc":"2.0","id":1,"method":"ping"}',
 ]
 FIELDS = [
     b"Content-Length: 5\r\n",
@@ -409,6 +415,7 @@ FIELDS = [
     b"/anthropic",
     b"/openai",
     b"/git/",
+    b"/taskyard/mcp",
     b"/v1/messages",
 ]
 

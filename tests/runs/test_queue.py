@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 from uuid import UUID
 
 import pytest
+from psycopg.types.json import Jsonb
 
 from taskyard.accounts import admin
 from taskyard.db.engine import Database
 from taskyard.jobs import enqueue_drive
 from taskyard.runs import lifecycle, queue, store, workers
 from taskyard.runs.queue import Limits
+from taskyard.runs.resume import Turn
 from taskyard.runs.workers import Worker
 from tests.support.yard import Api, Run, Yard, error, ok
 
@@ -486,6 +489,18 @@ class TestTimeout:
         assert (await late.stream())[-1][1]["status"] == "failed"
         assert (await recent.fetch())["status"] == "queued"
         assert await queue.time_out(yard.database, 60) == []
+
+    async def test_one_that_was_interrupted_keeps_its_result(self, yard: Yard) -> None:
+        given, closed = await start(yard), await start(yard)
+        for run, is_open in ((given, True), (closed, False)):
+            turn = asdict(Turn(1, "text", open=is_open, result=[{"answer": 7}]))
+            await yard.database.execute(
+                "UPDATE run_cursors SET turn = %(turn)s WHERE run_id = %(run)s", turn=Jsonb(turn), run=run.id
+            )
+            await self.back(yard.database, run, 100)
+        assert len(await queue.time_out(yard.database, 60)) == 2
+        assert (await given.fetch())["output"] == {"answer": 7}
+        assert (await closed.fetch())["output"] is None
 
     async def test_one_that_is_driven_or_ended_is_left_alone(self, yard: Yard) -> None:
         driven, ended = await start(yard), await start(yard)

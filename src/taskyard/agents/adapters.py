@@ -100,6 +100,7 @@ class Adapter:
     """What a run may choose -> the category of the agent's config option for it."""
     initialize_meta: Mapping[str, Any] = field(default_factory=dict)
     new_session_meta: Mapping[str, Any] = field(default_factory=dict)
+    """`_meta` of sessions; see `session_meta`."""
     usage: Usage = "per_turn"
     provider: Literal["anthropic", "openai"] | None = None
     """Whose model API it speaks, through the gateway."""
@@ -148,6 +149,12 @@ class Adapter:
             if value is not None:
                 env[name] = value if isinstance(value, str) else json.dumps(value)
         return env
+
+    def session_meta(self, tools: Sequence[str] = ()) -> Json:
+        """`_meta` of a session. tools: those of the server's own, as `server__tool`, that are called without asking."""
+        allowed = [f"mcp__{tool}" for tool in tools] or None
+        found: Json = _filled(dict(self.new_session_meta), {"{tools}": allowed})
+        return found
 
     def wanted_modes(self, mode: str | None) -> tuple[str, ...]:
         """Mode ids to look for in a session, best first, for a permission mode of the contract."""
@@ -280,8 +287,12 @@ def _claude(settings: Settings) -> Adapter:
         modes={mode: mode for mode in CONTRACT_MODES["claude"]},
         default_mode="bypassPermissions",
         default_model="opus",
-        # Otherwise each session costs two more model calls.
-        new_session_meta={"claudeCode": {"options": {"title": "Taskyard run", "promptSuggestions": False}}},
+        # Without the first two each session costs two more model calls.
+        new_session_meta={
+            "claudeCode": {
+                "options": {"title": "Taskyard run", "promptSuggestions": False, "allowedTools": "{tools}"}
+            }
+        },
         provider="anthropic",
         state_env="CLAUDE_CONFIG_DIR",
         state_dir=".claude",
@@ -385,7 +396,7 @@ def _node_command(folder: Path, package: Package) -> tuple[str, ...]:
     return (shutil.which("node") or "node", str(folder / "node_modules" / package.npm / package.entry))
 
 
-def _filled(template: Any, values: Mapping[str, str | None]) -> Any:
+def _filled(template: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(template, str):
         return values.get(template, template)
     if isinstance(template, dict):

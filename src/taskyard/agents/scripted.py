@@ -11,6 +11,7 @@ a directive; a prompt without any gets a small edit (the request is appended to 
     SLEEP seconds        wait                          USAGE in out         token counts
     FLOOD n size         a tool call with n updates    ERROR text           answer the prompt with an error
     CRASH code           exit at once                  HANG                 never answer anything again
+    SUBMIT json          give it as the result, by the tool submit_result, and say what that answers
     IGNORE_SIGTERM       only SIGKILL ends it from now on
 
 session/cancel ends a turn between directives and inside SLEEP, SHELL, COMMIT and ASK.
@@ -18,6 +19,7 @@ session/cancel ends a turn between directives and inside SLEEP, SHELL, COMMIT an
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import queue
@@ -30,12 +32,16 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 Json = dict[str, Any]
 
 MODES = ("default", "acceptEdits", "plan", "bypassPermissions", "auto")
 HOME = "TASKYARD_SCRIPTED_HOME"
 """Names the folder for its sessions; without it they last as long as the process."""
+RESULT_TOOL = "submit_result"
+MCP = "2025-11-25"
+"""The revision of the protocol by which that tool is called."""
 POLL_S = 0.02
 PAUSE_S = 0.3
 IDENTITY = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
@@ -55,9 +61,10 @@ class RpcError(Exception):
 class Session:
     """One conversation. What of its script is left to do is kept on disk, so that a later process can go on."""
 
-    def __init__(self, session_id: str, cwd: str) -> None:
+    def __init__(self, session_id: str, cwd: str, servers: list[Json]) -> None:
         self.id = session_id
         self.cwd = Path(cwd)
+        self.servers = servers
         self.mode = MODES[0]
         self.cancelled = threading.Event()
         self.busy = False
@@ -176,6 +183,7 @@ class Agent:
             "agentCapabilities": {
                 "loadSession": False,
                 "promptCapabilities": {"embeddedContext": True},
+                "mcpCapabilities": {"http": True},
                 "sessionCapabilities": {"resume": {}, "close": {}},
             },
             "authMethods": [],
@@ -187,7 +195,7 @@ class Agent:
         }
 
     def open(self, session_id: str, params: Json, *, with_id: bool = False) -> Json:
-        session = Session(session_id, params["cwd"])
+        session = Session(session_id, params["cwd"], params.get("mcpServers") or [])
         if with_id:
             session.keep([])
         elif session.kept() is None:
@@ -232,6 +240,7 @@ class Turn:
             "COMMIT": self.commit,
             "ASK": self.ask,
             "SLEEP": lambda seconds: void(self.session.cancelled.wait(float(seconds))),
+            "SUBMIT": self.submit,
             "USAGE": self.count,
             "FLOOD": self.flood,
             "ERROR": self.fail,
@@ -373,6 +382,22 @@ class Turn:
         self.end(call_id, choice == "allow", tool_text(choice), {"choice": choice})
         self.say(f"{title}: {choice}")
 
+    def submit(self, argument: str) -> None:
+        arguments = json.loads(argument)
+        call_id = self.start(RESULT_TOOL, "other", arguments)
+        named = (server.get("url") for server in self.session.servers if server["name"] == "taskyard")
+        url = next(named, None)
+        if url is None:
+            self.end(call_id, False, tool_text("no such tool"), {})
+            return
+        client = {"name": "taskyard-scripted", "version": "1.0.0"}
+        call_mcp(url, "initialize", protocolVersion=MCP, capabilities={}, clientInfo=client)
+        call_mcp(url, "notifications/initialized")
+        result = call_mcp(url, "tools/call", name=RESULT_TOOL, arguments=arguments)
+        text = result["content"][0]["text"]
+        self.end(call_id, not result["isError"], tool_text(text), result)
+        self.say(text)
+
     def count(self, argument: str) -> None:
         spent_in, spent_out = (int(number) for number in argument.split())
         total = spent_in + spent_out
@@ -394,6 +419,26 @@ class Turn:
     def hang(self) -> None:
         self.agent.hung.set()
         threading.Event().wait()
+
+
+def call_mcp(url: str, method: str, **params: Any) -> Json:
+    """The result of one request to an MCP server; {} of a notification. Its errors are raised."""
+    message: Json = {"jsonrpc": "2.0", "method": method, "params": params}
+    if not method.startswith("notifications/"):
+        message["id"] = 1
+    headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    if method != "initialize":
+        headers["MCP-Protocol-Version"] = MCP
+    place = urlsplit(url)
+    connection = http.client.HTTPConnection(place.netloc)
+    try:
+        connection.request("POST", place.path, json.dumps(message), headers)
+        answer = json.loads(connection.getresponse().read() or b"{}")
+    finally:
+        connection.close()
+    if "error" in answer:
+        raise RpcError(answer["error"]["code"], answer["error"]["message"])
+    return dict(answer.get("result", {}))
 
 
 def text_block(text: str) -> Json:

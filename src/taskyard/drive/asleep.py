@@ -37,6 +37,7 @@ async def _end(connection: Connection, run_id: UUID, wall_clock_s: float) -> Non
             "status": "failed",
             "error_message": too_long(wall_clock_s),
             "state": {"error_type": "deadline"},
+            **turn.output,
         }
     else:
         changes = {

@@ -284,13 +284,22 @@ class Driver(PreparingRun):
             except Exception:
                 log.exception("saving the work of a run failed", run=self.run_id)
 
-    async def _complete(self) -> None:
+    async def _complete(self, **changes: Any) -> None:
         """The output was given: bring what is left of the work to its branch, and end."""
         await self._salvage(publish=True)
-        await self._change(status="completed")
+        await self._change(status="completed", **changes)
+
+    async def _complete_cut_short(self, reason: str) -> None:
+        """The turn was cut short in which the agent has given its result: that is what the run was for."""
+        text = f"The agent's turn was cut short after it gave its result: {self._shown(reason)}"
+        self.recorder.add(entries.console(self.run_id, "warn", text))
+        await self._complete(**self._given)
 
     async def _end_over_budget(self, reason: str) -> None:
         """The budget is used up: the work so far is kept, and the run ends as the site has set it, with the reason."""
+        if self._given:
+            await self._complete_cut_short(reason)
+            return
         end = budget_end(self.parts.settings, reason)
         if end.status == "failed":
             await self._fail("budget_exceeded", end.message)
@@ -301,6 +310,9 @@ class Driver(PreparingRun):
 
     async def _fail(self, error_type: ErrorType, message: str) -> None:
         """Save what can be saved, then set the run failed."""
+        if self._given:
+            await self._complete_cut_short(message)
+            return
         log.info("run failed", run=self.run_id, error_type=error_type)
         message = self._shown(message)
         await self._salvage(publish=error_type != "publish_failed")

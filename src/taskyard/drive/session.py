@@ -54,6 +54,8 @@ class AgentSession:
         """An earlier session goes on: the agent knows what was said in it."""
         self.prompted = False
         """It was told something since its process started."""
+        self.takes_tools = False
+        """It was offered the tools of the server's own."""
         self.version = ""
         self.prompted_at = asyncio.get_running_loop().time()
         self.gone = False

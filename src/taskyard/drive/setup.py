@@ -13,6 +13,7 @@ from taskyard.db.engine import Row
 from taskyard.drive.checkpoint import Keeper, base_of
 from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, OutputGiven, RunFailure
 from taskyard.drive.hooks import run_setup
+from taskyard.drive.result import submit_tool
 from taskyard.drive.snapshot import SnapshotError
 from taskyard.drive.space import no_space
 from taskyard.drive.start import adapter_of, base_environment, output_bytes, start_agent
@@ -246,6 +247,7 @@ class PreparingRun(ConversingRun):
     ) -> None:
         parts = self.parts
         asked = self.turn.permissions if self.turn is not None and self.turn.open else ()
+        schema = self._task["json_schema"]
         self._agent = await start_agent(
             parts.settings,
             parts.database,
@@ -257,6 +259,7 @@ class PreparingRun(ConversingRun):
             variables,
             session_id=session_id,
             asked=asked,
+            tools=[] if schema is None else [await submit_tool(schema, self._submit)],
             on_budget=lambda _: self._wake.set(),
             seconds=max(self._ends_at - self._loop.time(), 0.0) + SPARE_S,
         )

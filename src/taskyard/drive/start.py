@@ -30,14 +30,15 @@ from taskyard.drive.failures import RunFailure, with_tail
 from taskyard.drive.inside import feed, script
 from taskyard.drive.permissions import Permissions
 from taskyard.drive.recorder import Recorder
+from taskyard.drive.result import SERVER
 from taskyard.drive.session import AgentSession
 from taskyard.drive.traffic import open_gateway
 from taskyard.drive.transcript import Transcript
 from taskyard.drive.work import Work
-from taskyard.environments.mcp import UnknownVariableError, for_agent
+from taskyard.environments.mcp import OWN_SERVER, UnknownVariableError, for_agent
 from taskyard.errors import TaskyardError
 from taskyard.events import entries
-from taskyard.gateway.server import Gateway
+from taskyard.gateway.server import Gateway, Tool
 from taskyard.sandbox.programs import named_files, program_mounts
 from taskyard.sandbox.provider import Mount, Sandbox
 from taskyard.settings import Settings
@@ -70,6 +71,7 @@ async def start_agent(
     *,
     session_id: str | None = None,
     asked: Sequence[Json] = (),
+    tools: Sequence[Tool] = (),
     on_budget: Callable[[str], None] | None = None,
     seconds: float,
 ) -> AgentSession:
@@ -77,7 +79,8 @@ async def start_agent(
 
     environment, variables: the run's sandbox environment, and its variables. session_id: of an earlier session whose
     files are in the sandbox; a new one is opened when the agent cannot go on with it. asked: permission requests of
-    that session that were not answered. on_budget: called once, with a sentence, when the run's budget is used up.
+    that session that were not answered. tools: of the server's own, for an agent that takes them.
+    on_budget: called once, with a sentence, when the run's budget is used up.
     seconds: how long the agent's process may live, whatever becomes of the server.
 
     Raises RunFailure: environment_failed, agent_unknown, agent_not_installed, agent_start_failed, agent_start_timeout,
@@ -89,11 +92,20 @@ async def start_agent(
         servers = for_agent(environment["mcp_servers"] if environment else (), variables)
     except UnknownVariableError as error:
         raise RunFailure("environment_failed", str(error)) from error
+    if tools:
+        servers.append(SERVER)
     agent: AgentSession | None = None
     try:
         async with asyncio.timeout(settings.runs.start_s):
             gateway = await open_gateway(
-                settings, database, row, environment, recorder, git=work.served, on_budget=on_budget
+                settings,
+                database,
+                row,
+                environment,
+                recorder,
+                git=work.served,
+                tools=tools,
+                on_budget=on_budget,
             )
             agent = await _spawn(
                 gateway,
@@ -108,7 +120,8 @@ async def start_agent(
                 seconds,
             )
             title = row["task"]["title"] or "Taskyard run"
-            await _open(agent, adapter, state, title, work.path, recorder, session_id, servers)
+            names = [f"{OWN_SERVER}__{tool.name}" for tool in tools]
+            await _open(agent, adapter, state, title, work.path, recorder, session_id, servers, names)
     except AgentGoneError as error:
         assert agent is not None
         message = f"The agent '{adapter.name}' ended before it was ready"
@@ -217,6 +230,7 @@ async def _open(
     recorder: Recorder,
     session_id: str | None,
     servers: Sequence[Json],
+    own_tools: Sequence[str],
 ) -> None:
     """Handshake, session, title, permission mode, model and effort."""
     connection = agent.connection
@@ -224,10 +238,14 @@ async def _open(
     info = answer.get("agentInfo")
     agent.version = str(info.get("version", "")) if isinstance(info, dict) else ""
     usable = [server for server in servers if connection.takes(server)]
-    session = await _earlier_session(agent, adapter, session_id, cwd, usable) if session_id else None
+    agent.takes_tools = SERVER in usable
+    # Who takes the result is the server that runs the agent, so no person is asked whether it may be given. The rule
+    # is the agent's own and for this tool alone, where its name can mean no other.
+    meta = adapter.session_meta(own_tools if agent.takes_tools else ())
+    session = await _earlier_session(agent, session_id, cwd, usable, meta) if session_id else None
     agent.loaded = session is not None
     if session is None:
-        session = await connection.new_session(cwd, usable, meta=adapter.new_session_meta)
+        session = await connection.new_session(cwd, usable, meta)
     agent.session = session
     await connection.set_title(session.id, title)
 
@@ -255,13 +273,13 @@ async def _open(
 
 
 async def _earlier_session(
-    agent: AgentSession, adapter: Adapter, session_id: str, cwd: str, servers: Sequence[Json]
+    agent: AgentSession, session_id: str, cwd: str, servers: Sequence[Json], meta: Json
 ) -> Session | None:
     """The session that is to go on; None when the agent does not know it, or cannot do that."""
     try:
-        return await agent.connection.load_session(session_id, cwd, servers, meta=adapter.new_session_meta)
+        return await agent.connection.load_session(session_id, cwd, servers, meta)
     except AcpError as error:
-        log.info("an agent does not go on with its session", agent=adapter.name, reason=error.message)
+        log.info("an agent does not go on with its session", agent=agent.adapter.name, reason=error.message)
         return None
 
 

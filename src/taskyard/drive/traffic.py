@@ -28,6 +28,7 @@ from taskyard.gateway.server import (
     Network,
     Policy,
     Refusal,
+    Tool,
     Usage,
 )
 from taskyard.settings import KEY_VARIABLES, BudgetSettings, Settings, Upstream
@@ -49,11 +50,13 @@ async def open_gateway(
     recorder: Recorder,
     *,
     git: Sequence[GitRepository] = (),
+    tools: Sequence[Tool] = (),
     on_budget: Callable[[str], None] | None = None,
 ) -> Gateway:
     """The gateway of a run, with what earlier workers of it have used already counted.
 
     environment: its sandbox environment, which the caller has checked. git: the repositories that it may use.
+    tools: of the server's own, that the agent may call.
     on_budget: called once, with a sentence, when the budget is used up.
     Raises RunFailure: agent_start_failed for settings that cannot work.
     """
@@ -76,6 +79,7 @@ async def open_gateway(
         [list(names) for names in (site, asked) if names is not None],
         budget_of(settings.budget, row["state"], usage, spent_month),
         prices,
+        tools=tools,
     )
     if note := network_note(network, environment):
         recorder.add(entries.console(str(run_id), "info", note))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -27,22 +27,22 @@ from taskyard.drive.prompt import (
     pending_artifacts,
     with_history,
 )
+from taskyard.drive.result import HINT, problem_of
 from taskyard.drive.session import AgentSession
 from taskyard.drive.space import no_space
 from taskyard.drive.traffic import spending
 from taskyard.drive.watch import LOOK_S, WatchedRun
 from taskyard.drive.work import Work
-from taskyard.errors import InvalidInputError, TaskyardError
+from taskyard.errors import TaskyardError
 from taskyard.events import entries
 from taskyard.events import store as events
 from taskyard.events.record import Record
 from taskyard.events.store import LeaseLostError
+from taskyard.runs import resume
 from taskyard.runs import store as runs
-from taskyard.runs.output import problem_of
 from taskyard.runs.resume import Turn
 from taskyard.runs.store import Claimed
 from taskyard.sandbox.provider import KilledError, Sandbox
-from taskyard.schemas import check_storable
 
 log = structlog.get_logger()
 Json = dict[str, Any]
@@ -61,6 +61,7 @@ class ConversingRun(WatchedRun):
         self._work: Work | None = None
         self._keeper: Keeper | None = None
         self._idle_s = claimed.idle_s
+        self._submitting = asyncio.Lock()
 
     @property
     def _interactive(self) -> bool:
@@ -105,19 +106,7 @@ class ConversingRun(WatchedRun):
         if again:
             await self._look()  # the answer to what it is about to ask may be there
         self._told = True
-        problem: str | None = None
-        stop_reason = "error"
-        self._turn, self._cancelled_at = True, None
-        try:
-            async with self._kept_often():
-                result = await self._attend(agent.prompt([*blocks, *links]), turn=True)
-            stop_reason, problem = result.stop_reason, _problem(result)
-        except AcpError as error:
-            problem = str(error)
-        except AgentGoneError as error:
-            raise await agent.death("The agent's process ended", "agent_crashed") from error
-        finally:
-            self._turn = False
+        stop_reason, problem = await self._prompt(agent, [*blocks, *links])
         self._check_budget()
         agent.permissions.forget()
         if problem is not None:
@@ -127,20 +116,41 @@ class ConversingRun(WatchedRun):
         failed_publish = await self._publish(work)
         await self._save_usage(agent)
         failure: tuple[ErrorType, str] | None = None
-        if problem is not None and not self._interactive:
+        if problem is not None and not self._interactive and not self._given:
             failure = ("agent_error", problem)
         elif failed_publish is not None and not self._interactive:
             failure = ("publish_failed", failed_publish)
-        output = self._structured_output(agent) if stop_reason == "end_turn" and failure is None else {}
+        well = stop_reason == "end_turn" and failure is None
+        changes = await self._output(agent.last_message if well else "")
+        # Who cancels a turn has something else in mind.
+        completes = bool(changes) and failure is None and stop_reason != "cancelled"
+        if completes:
+            changes["status"] = "completed"
         saved = await self._attend(self._keep_surely())
         self._idle_s = 0.0
         await self._end_turn(
             replace(
                 turn, open=False, permissions=(), stop_reason=stop_reason, saved=saved, failure=failure or ()
             ),
-            **output,
+            **changes,
         )
-        return bool(output) or await self._conclude()
+        return completes or await self._conclude()
+
+    async def _prompt(self, agent: AgentSession, blocks: Sequence[Json]) -> tuple[str, str | None]:
+        """Have the agent work until it ends its turn: why it stopped, and the problem if that was one."""
+        self._turn, self._cancelled_at = True, None
+        try:
+            async with self._kept_often():
+                result = await self._attend(agent.prompt(blocks), turn=True)
+        except AcpError as error:
+            return "error", str(error)
+        except AgentGoneError as error:
+            raise await agent.death("The agent's process ended", "agent_crashed") from error
+        finally:
+            self._turn = False
+            async with self._submitting:
+                pass  # a result that the agent has begun to give counts
+        return result.stop_reason, _problem(result)
 
     async def _conclude(self) -> bool:
         """What follows from the end of the newest turn; True when the run is complete."""
@@ -157,9 +167,11 @@ class ConversingRun(WatchedRun):
         """What the agent is told: the message; more for an agent that goes on with a turn, or knows nothing of it."""
         text = continuation(turn.text) if again else turn.text
         known = agent.loaded or agent.prompted
-        if not known and (history := await self._history(turn, again=again)):
-            return [{"type": "text", "text": with_history(history, text)}]
-        return content_blocks(text)
+        history = "" if known else await self._history(turn, again=again)
+        blocks = [_text(with_history(history, text))] if history else content_blocks(text)
+        if agent.takes_tools and not agent.prompted:
+            blocks = [*blocks, _text(HINT)]
+        return blocks
 
     async def _history(self, turn: Turn, *, again: bool) -> str:
         """What was said before, in this run and those that it resumes."""
@@ -225,19 +237,52 @@ class ConversingRun(WatchedRun):
                 log.warning("the disk is full, trying again", run=self.run_id, reason=error.detail)
                 await asyncio.sleep(FULL_LOOK_S)
 
-    def _structured_output(self, agent: AgentSession) -> Json:
-        """With a schema on the task: a last message that is fitting JSON becomes the output, and ends the run."""
+    async def _submit(self, value: Any) -> str | None:
+        """Keep a result that the agent gives by its tool until the turn ends, in place of an earlier one.
+
+        Why it is not taken, or None. It is stored first, so that no other worker has to ask for it again.
+        """
+        async with self._submitting:
+            if not self._turn:
+                return "No turn is on. Call the tool while you work on a message."
+            if (problem := await problem_of(self._task["json_schema"], value)) is not None:
+                return problem
+            result = [self.secrets.value(value)]
+
+            async def keep() -> bool:
+                async with self.parts.database.transaction() as connection:
+                    turn = await resume.turn_of(connection, self.lease)
+                    if turn is None or not turn.open:
+                        return False
+                    await resume.set_turn(connection, self.lease, replace(turn, result=result))
+                    return True
+
+            with suppress(LeaseLostError):  # noticed by whoever watches the run
+                if await self._patiently(keep) and self.turn is not None:
+                    self.turn = replace(self.turn, result=result)
+                    return None
+            return "The turn has ended."
+
+    @property
+    def _given(self) -> Json:
+        """The output that the agent gave by its tool in the turn that is on, as a change of the run; {}: none."""
+        return {} if self.turn is None else self.turn.output
+
+    async def _output(self, last_message: str) -> Json:
+        """With a schema on the task, the change that a result makes to the run; {} without a result.
+
+        It is what the agent gave by its tool, else a last message that is fitting JSON.
+        """
         schema = self._task["json_schema"]
-        if schema is None:
-            return {}
+        if self._given:
+            return self._given
         try:
-            value = json.loads(agent.last_message)
-            check_storable(value)
-        except (ValueError, RecursionError, InvalidInputError):
+            value = json.loads(last_message)
+        except (ValueError, RecursionError):
             return {}
-        if problem_of(schema, value) is not None:
+        if schema is None or await problem_of(schema, value) is not None:
             return {}
-        return {"status": "completed", "output": value}
+        return {"output": value}
 
     async def _save_usage(self, agent: AgentSession) -> None:
         if agent.usage.calls:
@@ -325,6 +370,10 @@ class ConversingRun(WatchedRun):
     async def _time_out(self) -> None:
         if await self._end_of_work(error_message=INACTIVE, state={"timed_out_inactivity": True}):
             raise Ended
+
+
+def _text(text: str) -> Json:
+    return {"type": "text", "text": text}
 
 
 def _problem(result: PromptResult) -> str | None:

@@ -15,6 +15,8 @@ from taskyard.schemas import Body, Filled
 Json = dict[str, Any]
 
 MAX_SERVERS = 20
+OWN_SERVER = "taskyard"
+"""The name of the server's own tools (drive/result.py), which no other may have."""
 NAME = r"^[A-Za-z0-9_.-]+$"
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -58,6 +60,8 @@ class McpServer(Body):
 def _different(servers: list[McpServer]) -> list[McpServer]:
     if len({server.name for server in servers}) != len(servers):
         raise PydanticCustomError("mcp_server", "Two servers have the same name.")
+    if any(server.name == OWN_SERVER for server in servers):
+        raise PydanticCustomError("mcp_server", f"The name '{OWN_SERVER}' is taken: choose another.")
     return servers
 
 

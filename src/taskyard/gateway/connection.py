@@ -12,7 +12,7 @@ import h11
 import httpx
 import structlog
 
-from taskyard.gateway import egress, git
+from taskyard.gateway import egress, git, mcp
 from taskyard.gateway.calls import CLIENT_GONE, CallExchange, check_budget, refusal_body
 from taskyard.gateway.egress import Destination, PlainExchange, Traffic
 from taskyard.gateway.exchange import Answer, Exchange, RefusedError, has_body, length
@@ -41,6 +41,7 @@ class Side:
     on_refusal: Callable[[Refusal], None]
     on_call: Callable[[ModelCall], None]
     lookups: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LOOKUPS))
+    calls: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(mcp.AT_ONCE))
 
 
 class Connection:
@@ -103,6 +104,8 @@ class Connection:
             if isinstance(asked, git.Elsewhere):
                 return git.GitRedirect(asked)
             decision = asked if isinstance(asked, Refused) else git.GitExchange(asked)
+        elif target.partition("?")[0] == mcp.PATH:
+            decision = mcp.admit(policy.tools, side.calls)
         else:
             admitted = admit(policy.models, method, target)
             if isinstance(admitted, Refused):

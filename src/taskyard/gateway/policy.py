@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from taskyard.gateway.budget import Budget
 from taskyard.gateway.hosts import HostRules
@@ -44,6 +44,26 @@ class GitRepository:
     """Told the commit of each push that is passed on."""
 
 
+@dataclass(frozen=True)
+class ToolAnswer:
+    """What a tool says to the agent that called it."""
+
+    text: str
+    failed: bool = False
+    """The call did nothing; the text says why, so that the agent can call again."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool of the server's for a run's agent, offered by MCP at `mcp.PATH` of the gateway."""
+
+    name: str
+    description: str
+    input_schema: Mapping[str, Any]
+    """A JSON Schema of type `object`, for the agent to read: the arguments of a call can be any object."""
+    call: Callable[[dict[str, Any]], Awaitable[ToolAnswer]]
+
+
 @dataclass
 class ReadAhead:
     """Bytes of a run's requests that are held in the worker's memory until they have been sent."""
@@ -65,6 +85,7 @@ class Policy:
     budget: Budget = field(default_factory=Budget)
     prices: Prices = BUILT_IN
     read_ahead: ReadAhead = field(default_factory=ReadAhead)
+    tools: Sequence[Tool] = ()
 
 
 @dataclass(frozen=True)

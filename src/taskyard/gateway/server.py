@@ -16,11 +16,12 @@ from taskyard.gateway.budget import Budget
 from taskyard.gateway.connection import Connection, Side
 from taskyard.gateway.egress import Traffic
 from taskyard.gateway.models import ModelRoute, Refused
-from taskyard.gateway.policy import GitRepository, Network, Policy, Refusal
+from taskyard.gateway.policy import GitRepository, Network, Policy, Refusal, Tool, ToolAnswer
 from taskyard.gateway.usage import ModelCall, Usage
 
 __all__ = [
-    "Budget", "Gateway", "GitRepository", "ModelCall", "ModelRoute", "Network", "Policy", "Refusal", "Usage",
+    "Budget", "Gateway", "GitRepository", "ModelCall", "ModelRoute", "Network", "Policy", "Refusal", "Tool",
+    "ToolAnswer", "Usage",
 ]  # fmt: skip
 
 MAX_CONNECTIONS = 64

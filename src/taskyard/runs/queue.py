@@ -21,6 +21,7 @@ from taskyard.db.engine import Connection, Database
 from taskyard.db.hub import QUEUE
 from taskyard.jobs import enqueue_drive
 from taskyard.runs import lifecycle, store
+from taskyard.runs.resume import Turn
 from taskyard.runs.workers import DEFAULT_POOL, LIVE, Worker
 from taskyard.settings import Settings
 
@@ -249,8 +250,8 @@ async def _fail(database: Database, run_id: UUID, timeout_s: float) -> bool:
         waits = await (
             await connection.execute(
                 # Whoever takes it locks the cursor: either it was taken before, or it finds that the run has ended.
-                "SELECT 1 FROM run_cursors c JOIN run_queue q ON q.run_id = c.run_id JOIN runs r ON r.id = c.run_id"
-                " WHERE c.run_id = %(run)s AND c.leased_until IS NULL AND "
+                "SELECT c.turn FROM run_cursors c JOIN run_queue q ON q.run_id = c.run_id"
+                " JOIN runs r ON r.id = c.run_id WHERE c.run_id = %(run)s AND c.leased_until IS NULL AND "
                 + WANTED
                 + " FOR NO KEY UPDATE OF c",
                 {"run": run_id},
@@ -262,8 +263,14 @@ async def _fail(database: Database, run_id: UUID, timeout_s: float) -> bool:
             f"No worker took this run within {timeout_s:g} seconds. `taskyard admin workers` shows the workers; "
             "start it again when there is room, or raise runs.queue_timeout_s."
         )
+        turn = Turn.of(waits["turn"])
         await lifecycle.change(
-            connection, run_id, status="failed", error_message=message, state={"error_type": "queue_timeout"}
+            connection,
+            run_id,
+            status="failed",
+            error_message=message,
+            state={"error_type": "queue_timeout"},
+            **({} if turn is None else turn.output),
         )
         return True
 

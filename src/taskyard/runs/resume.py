@@ -34,6 +34,13 @@ class Turn:
     """`error_type` and message of what the run is to fail of now."""
     saved: bool = False
     """A checkpoint was made after its end."""
+    result: Sequence[Any] = ()
+    """The structured result that the agent gave: one value, or none."""
+
+    @property
+    def output(self) -> Json:
+        """What of the run has to be changed for a turn that is cut short: its result is kept."""
+        return {"output": self.result[0]} if self.open and self.result else {}
 
     @classmethod
     def of(cls, value: Json | None) -> Turn | None:
