@@ -11,7 +11,7 @@ import pytest
 
 from taskyard.db.engine import Database
 from taskyard.sandbox import disk
-from taskyard.settings import RunSettings, SandboxSettings
+from taskyard.settings import RateLimitSettings, RunSettings, SandboxSettings
 from tests.conftest import make_settings
 from tests.support.yard import Json, Yard, open_yard
 
@@ -51,6 +51,7 @@ async def live(
         tmp_path / "data",
         database_url,
         agents=agents,
+        rate_limits=RateLimitSettings(enabled=False),
         runs=RunSettings(max_attempts=1),
         sandbox=SandboxSettings(memory_mb=256, disk_mb=64, output_mb=2, pids=200, tmp_mb=64),
     )

@@ -231,3 +231,17 @@ class TestAnotherWorker:
         log = await run.log()
         assert [status for status, _ in answers(log)] == ["completed"], "it was not asked for again"
         assert said(log).endswith("end")
+
+
+async def test_an_output_that_a_client_gave_is_not_lost_to_the_branch(
+    live: Yard, shop: Path, repository: str
+) -> None:
+    run = await start(live, "SAY ready", None, repository, mode="interactive")
+    await run.turns(1)
+    ok(await run.api.patch(run.path("set_output/"), {"output": [1, 2]}))
+    await run.command("user_message", content="WRITE a.txt one")
+    await run.turns(2)
+    body = await run.fetch()
+    assert body["output"] == [1, 2]
+    assert run_git(shop, "show", f"{body['branch']}:a.txt") == "one"
+    await run.cancel()

@@ -57,9 +57,10 @@ async def change(
     """Change a run inside the caller's transaction; the run as saved.
 
     `output` and `replace_state` replace, `merge_output` and `state` merge at the top level, `remove_state` comes
-    before the merge. `start`: a worker drives the run from now on, and an earlier end is forgotten; going
-    `local` ends that. With a lease, LeaseLostError unless it still holds; and once a client has ended the run
-    or taken it over, its status and error stay as they are.
+    before the merge. Into an output that is no object the driver merges nothing: a client gave it.
+    `start`: a worker drives the run from now on, and an earlier end is forgotten; going `local` ends that. With a
+    lease, LeaseLostError unless it still holds; and once a client has ended the run or taken it over, its status
+    and error stay as they are.
     """
     row = await store.lock(connection, run_id)
     if row is None:
@@ -78,7 +79,8 @@ async def change(
     ):
         if value is not KEEP:
             new[name] = value
-    if merge_output is not None:
+    whole = new["output"] is not None and not isinstance(new["output"], dict)
+    if merge_output is not None and not (whole and lease is not None):
         new["output"] = {**as_object(new["output"]), **merge_output}
     if new["environment"] == "local":
         new["started_at"] = None
