@@ -53,7 +53,7 @@ async def test_which_runs_keep_their_sandboxes(database: Database) -> None:
 async def test_a_sweep(settings: Settings, database: Database) -> None:
     provider = BubblewrapProvider(settings)
     objects = await open_store(settings, database)
-    sweeper = Sweeper(provider, database, objects, settings.data_dir, HERE)
+    sweeper = Sweeper(provider, database, objects, settings, HERE)
     on, over = await make_run(database), await make_run(database)
     await driven(database, on)
     for run_id in (on, over):
@@ -81,7 +81,7 @@ async def test_a_sweep_without_a_database_removes_no_sandbox(
     sandbox = await provider.create(Spec("one", LIMITS))
     await sandbox.detach()
     (settings.data_dir / "mirrors" / "a.new").mkdir(parents=True)
-    sweeper = Sweeper(provider, database, await open_store(settings, database), settings.data_dir, HERE)
+    sweeper = Sweeper(provider, database, await open_store(settings, database), settings, HERE)
     await sweeper.sweep()
     assert await provider.list() == ["one"]
     # The other steps do not suffer from it.

@@ -45,6 +45,9 @@ class RunSettings(Area):
     """A run without work or messages for this long completes."""
     setup_s: float = Field(600, gt=0)
     """Limit for the set-up script of an environment."""
+    setup_cache_s: float = Field(3600, ge=0)
+    """How long what a set-up script made in the home folder is used again on a worker's host instead of running it,
+    for the same commit; scripts that change the workspace run each time. 0: all do."""
     start_s: float = Field(120, gt=0)
     """Limit for each step of the agent's start: spawn, handshake, session."""
     wall_clock_s: float = Field(6 * 3600, gt=0)

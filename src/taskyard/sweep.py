@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from pathlib import Path
 
 import structlog
 
 from taskyard import jobs
 from taskyard.agents import install
 from taskyard.db.engine import AWAY, Database, raise_cancelled
+from taskyard.drive import layers
 from taskyard.forge import git
 from taskyard.objects.interface import ObjectStore, StorageError
 from taskyard.runs import store as runs
 from taskyard.sandbox.provider import Provider, SandboxError
+from taskyard.settings import Settings
 
 log = structlog.get_logger()
 
@@ -29,15 +30,17 @@ class Sweeper:
         provider: Provider,
         database: Database,
         objects: ObjectStore,
-        data_dir: Path,
+        settings: Settings,
         place: str,
     ) -> None:
+        data_dir = settings.data_dir
         self._provider = provider
         self._database = database
         self._place = place
         self._steps: dict[str, Callable[[], Awaitable[object]]] = {
             "sandboxes": self._sweep_sandboxes,
             "mirrors": lambda: git.remove_unfinished(data_dir),
+            "layers": lambda: asyncio.to_thread(layers.tidy, data_dir, settings.runs.setup_cache_s),
             "agents": lambda: asyncio.to_thread(install.remove_unfinished, data_dir),
             "uploads": objects.tidy,
             "jobs": lambda: jobs.forget_lost(database),

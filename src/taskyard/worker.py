@@ -79,7 +79,7 @@ async def running_worker(
         ),
         there,
     )
-    sweeper = Sweeper(provider, database, objects, settings.data_dir, place)
+    sweeper = Sweeper(provider, database, objects, settings, place)
     app = engine(database.url)
     _register(app, parts, objects)
     compaction.register(app, database, objects, settings.logs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 
 from taskyard.db.engine import Database
+from taskyard.drive import layers
 from taskyard.jobs import enqueue_drive
 from taskyard.settings import RunSettings, Settings
 from tests.conftest import make_settings
-from tests.support.yard import Json, Run, Yard, of_method, ok, open_yard
+from tests.support.repositories import commit_file, make_repository
+from tests.support.yard import Json, Run, Yard, of_method, ok, open_yard, updates
 
 SCRIPT = "SHELL env | sort"
 SCRIPTED = {"agent": "scripted"}
@@ -141,6 +145,77 @@ async def test_set_up_script_with_an_interpreter(live: Yard) -> None:
         await live.api().start("SAY hi", sandbox_environment_id=wanted, **SCRIPTED), "completed"
     )
     assert "sum 42" in [entry["message"] for entry in of_method(log, "_posthog/console")]
+
+
+AGAIN = "its result is used again"
+
+
+async def test_a_set_up_script_runs_once(live: Yard, tmp_path: Path) -> None:
+    """For the same commit of the same repository and an unchanged environment; what it made is there all the same."""
+    shop = make_repository(tmp_path / "shop")
+    name = ok(await live.api().post("repositories/", {"origin": str(shop)}), 201)["name"]
+    made = "mkdir -p ~/tools && head -c 8 /dev/urandom | base64 > ~/tools/made && chmod 600 ~/tools/made; echo $WHO"
+    wanted = await environment(live, setup_script=made, environment_variables={"WHO": "first-time"})
+
+    async def run() -> tuple[str, bool]:
+        """What the script made, and whether it was used again."""
+        started = await live.api().start(
+            "SHELL cat ~/tools/made", repository=name, sandbox_environment_id=wanted, **SCRIPTED
+        )
+        _, log = await finished(started, "completed")
+        [shown] = {
+            part["content"]["text"].strip()
+            for update in updates(log, "tool_call_update")
+            for part in update.get("content", [])
+            if part.get("content", {}).get("text", "").strip()
+        }
+        return shown, AGAIN in json.dumps(log)
+
+    first = await run()
+    assert first[1] is False
+    assert await run() == (first[0], True)
+    commit_file(shop, "b.txt", "two")
+    second = await run()
+    assert second[1] is False
+    assert second[0] != first[0]
+    assert await run() == (second[0], True)
+    ok(await live.api().patch(f"sandbox_environments/{wanted}/", {"environment_variables": {"WHO": "other"}}))
+    third = await run()
+    assert third[1] is False
+    assert third[0] not in (first[0], second[0])
+
+
+async def test_a_set_up_script_that_changes_the_workspace_runs_each_time(live: Yard) -> None:
+    wanted = await environment(live, setup_script="echo once >> made.txt; echo tool > ~/tool")
+    for _ in range(2):
+        run = await live.api().start("SHELL cat made.txt ~/tool", sandbox_environment_id=wanted, **SCRIPTED)
+        _, log = await finished(run, "completed")
+        assert "once\\ntool" in json.dumps(log)
+        assert AGAIN not in json.dumps(log)
+    assert not (live.settings.data_dir / layers.FOLDER).exists()
+
+
+async def test_a_layer_that_is_damaged_or_too_old_is_not_used(live: Yard) -> None:
+    wanted = await environment(live, setup_script="echo tool > ~/tool")
+    folder = live.settings.data_dir / layers.FOLDER
+
+    async def run() -> bool:
+        started = await live.api().start("SHELL cat ~/tool", sandbox_environment_id=wanted, **SCRIPTED)
+        _, log = await finished(started, "completed")
+        assert '"tool' in json.dumps(updates(log, "tool_call_update"))
+        return AGAIN in json.dumps(log)
+
+    assert [await run(), await run()] == [False, True]
+    [layer] = folder.iterdir()
+    layer.write_bytes(b"no archive")
+    assert [await run(), await run()] == [False, True]
+    os.utime(layer, (time.time() - 7200, time.time() - 7200))
+    assert await run() is False
+    os.utime(layer, (time.time() - 7200, time.time() - 7200))
+    (folder / "x.part").write_bytes(b"")
+    os.utime(folder / "x.part", (0, 0))
+    layers.tidy(live.settings.data_dir, 3600)
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from uuid import UUID
 import structlog
 
 from taskyard.db.engine import Row
+from taskyard.drive import layers
 from taskyard.drive.checkpoint import Keeper, base_of
 from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, OutputGiven, RunFailure
 from taskyard.drive.hooks import run_setup
@@ -214,8 +215,24 @@ class PreparingRun(ConversingRun):
     async def _run_setup(
         self, sandbox: Sandbox, work: Work, environment: Row, variables: Mapping[str, str]
     ) -> None:
-        """The environment's script. What it does outside of the workspace stays with the sandbox only."""
-        parts = self.parts
+        """The environment's script, or what it made in an earlier run that was like this one.
+
+        What it does outside of the workspace stays with the sandbox only.
+        """
+        parts, keep_s = self.parts, self._limits.setup_cache_s
+        key = layers.key_of(environment, self._task["repository"], work.workspace, parts.provider.name)
+        if keep_s:
+            try:
+                age = await layers.bring(parts.settings.data_dir, key, sandbox, keep_s)
+            except SnapshotError as error:
+                log.warning("what a set-up script made cannot be used again", reason=error.detail)
+            else:
+                if age is not None:
+                    await self._say(
+                        f"The set-up script ran {age / 60:.0f} minutes ago; its result is used again."
+                    )
+                    return
+        began = await layers.now_inside(sandbox)
         gateway = await open_gateway(
             parts.settings, parts.database, self._row, environment, self.recorder, git=work.served
         )
@@ -232,6 +249,8 @@ class PreparingRun(ConversingRun):
             )
         finally:
             await asyncio.shield(gateway.close())
+        if keep_s:
+            await layers.keep(parts.settings.data_dir, key, sandbox, began)
 
     async def _say(self, line: str) -> None:
         self.recorder.add(entries.console(self.run_id, "info", line))
