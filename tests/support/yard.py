@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from unittest.mock import AsyncMock, patch
 
 import httpx
 
+from taskyard import worker as workers
 from taskyard.accounts import admin
 from taskyard.db.engine import Database
+from taskyard.sandbox.providers import provider_for
 from taskyard.serve import listening
 from taskyard.settings import Settings
 
@@ -190,13 +193,27 @@ async def open_yard(settings: Settings, database: Database, *, worker: bool = Fa
         for scope in ("task:read", "task:write"):
             keys[scope] = (await admin.create_key(database, "ada@example.org", [scope]))["key"]
         if worker:
-            from taskyard.worker import running_worker
-
-            await stack.enter_async_context(running_worker(settings, database))
+            stack.enter_context(_checked_once(settings))
+            await stack.enter_async_context(workers.running_worker(settings, database))
         url = await stack.enter_async_context(listening(settings, database, "127.0.0.1", 0))
         client = httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, trust_env=False)
         await stack.enter_async_context(client)
         yield Yard(url, settings, database, client, keys, project, other, users)
+
+
+_checked: set[str] = set()
+
+
+@contextmanager
+def _checked_once(settings: Settings) -> Iterator[None]:
+    """The first worker of a test process tries its sandboxes out; the others of the kind take that for granted."""
+    if (kind := settings.sandbox.provider) in _checked:
+        (settings.data_dir / "sandboxes").mkdir(mode=0o700, parents=True, exist_ok=True)
+        with patch.object(workers, "checked_provider", AsyncMock(return_value=provider_for(settings))):
+            yield
+    else:
+        yield
+        _checked.add(kind)
 
 
 def ok(response: httpx.Response, status: int = 200) -> Json:
