@@ -109,7 +109,7 @@ async def test_much_goes_in_and_out(sandbox: BubblewrapSandbox) -> None:
 async def test_the_command_that_nobody_reads_waits_and_others_go_on(sandbox: BubblewrapSandbox) -> None:
     """A full channel stops its sender only: the gateway still answers."""
     served = Served()
-    script = f'yes & sleep 0.3; exec python3 -c "{FETCH}" >&2'
+    script = f'yes & sleep 0.3; python3 -c "{FETCH}" >&2; sleep 600'
     process = await carry(sandbox, "sh", "-c", script, on_listener=served.serve)
     async with asyncio.timeout(60):
         await served.asked.wait()

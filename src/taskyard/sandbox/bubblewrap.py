@@ -20,7 +20,8 @@ from pathlib import Path
 from taskyard.sandbox import cgroups, checks, strays, sweep
 from taskyard.sandbox.cgroups import Cgroups
 from taskyard.sandbox.disk import DiskWatch
-from taskyard.sandbox.folder import Folder, check_id, group_name
+from taskyard.sandbox.folder import Folder, group_name
+from taskyard.sandbox.hold import check_id
 from taskyard.sandbox.identities import UidRange
 from taskyard.sandbox.launch import Host, command_line, door_command
 from taskyard.sandbox.listener import SOURCE, EndedError, open_door

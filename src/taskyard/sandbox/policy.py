@@ -12,24 +12,17 @@ Each option that looks odd closes a hole that was seen open:
 from __future__ import annotations
 
 import os
-import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from taskyard.sandbox import seccomp
-from taskyard.sandbox.programs import SEARCH_PATH, SYSTEM
-from taskyard.sandbox.provider import HOME, WORKSPACE, Limits, Mount, SandboxError
+from taskyard.sandbox.programs import SYSTEM
+from taskyard.sandbox.provider import HOME, WORKSPACE, Limits, Mount
+from taskyard.sandbox.rules import SHM, SHM_BYTES, TMP, UID, USER, VAR_TMP, check_target, environment
 
-USER, UID = "agent", 1000
-TMP, VAR_TMP, SHM = "/tmp", "/var/tmp", "/dev/shm"  # noqa: S108 - paths inside
 DOOR = "/run/taskyard/door.py"
-ENVIRONMENT = {
-    "PATH": SEARCH_PATH, "HOME": HOME, "USER": USER, "LANG": "C.UTF-8", "TERM": "dumb", "TMPDIR": TMP,
-}  # fmt: skip
-
-_SHM_BYTES = 64 * 1024 * 1024
 _ETC_FILES = {
     "passwd": f"{USER}:x:{UID}:{UID}::{HOME}:/bin/sh\nnobody:x:65534:65534::/:/usr/sbin/nologin\n",
     "group": f"{USER}:x:{UID}:\nnogroup:x:65534:\n",
@@ -104,7 +97,7 @@ def options(scene: Scene, handed: Handed, info_fd: int) -> list[str]:
         "--clearenv", *_environment(scene.env),
         *_system(handed),
         "--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys",
-        "--dev", "/dev", "--size", str(_SHM_BYTES), "--tmpfs", SHM, "--remount-ro", "/dev",
+        "--dev", "/dev", "--size", str(SHM_BYTES), "--tmpfs", SHM, "--remount-ro", "/dev",
         "--perms", "1777", "--size", str(scene.limits.tmp_mb * 1024 * 1024), "--tmpfs", TMP,
         "--symlink", TMP, VAR_TMP,
         "--bind", scene.workspace, WORKSPACE, "--bind", scene.home, HOME,
@@ -115,12 +108,7 @@ def options(scene: Scene, handed: Handed, info_fd: int) -> list[str]:
 
 
 def _environment(env: Mapping[str, str]) -> list[str]:
-    words = []
-    for name, value in {**ENVIRONMENT, **env}.items():
-        if not name or "=" in name or "\0" in name or "\0" in value:
-            raise SandboxError(f"the environment variable {name!r} has a name or value that cannot be")
-        words += ["--setenv", name, value]
-    return words
+    return [word for name, value in environment(env).items() for word in ("--setenv", name, value)]
 
 
 def _system(handed: Handed) -> list[str]:
@@ -143,24 +131,7 @@ def _file(handed: Handed, content: bytes, target: str) -> list[str]:
 
 
 def _mount(mount: Mount) -> list[str]:
-    _check_target(mount.target)
+    check_target(mount.target)
     if mount.symlink:
         return ["--symlink", str(mount.source), mount.target]
     return ["--bind" if mount.writable else "--ro-bind", str(mount.source), mount.target]
-
-
-def _check_target(target: str) -> None:
-    """Refuse mounts over the sandbox's own places and below a folder that the agent writes.
-
-    bwrap makes missing folders of a target. In a folder that an agent wrote before, those may be links to
-    anywhere.
-    """
-    if not target.startswith("/") or posixpath.normpath(target) != target or target.startswith("//"):
-        raise SandboxError(f"a mount needs an absolute, normal path inside, not {target!r}")
-    for own in (WORKSPACE, HOME, "/proc", "/dev"):
-        if target == own or target.startswith(f"{own}/"):
-            raise SandboxError(
-                f"nothing can be mounted at {target}: {own} is the sandbox's own; use another place"
-            )
-    if target == "/" or any(own.startswith(f"{target}/") for own in (WORKSPACE, HOME)):
-        raise SandboxError(f"nothing can be mounted at {target}: it would hide the sandbox's own folders")
