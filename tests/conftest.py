@@ -12,7 +12,7 @@ from taskyard.db.engine import Database
 from taskyard.settings import Settings
 from tests.support.yard import Yard, open_yard
 
-pytest_plugins = ["tests.support.postgres", "tests.support.s3"]
+pytest_plugins = ["tests.support.postgres", "tests.support.s3", "tests.support.docker"]
 
 
 @pytest.fixture(autouse=True)

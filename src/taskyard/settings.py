@@ -81,10 +81,26 @@ Capability = Literal[
 """What a sandbox provider may be able to do on its host. That a sandbox has no network but the gateway is no choice."""
 
 
+class DockerSettings(Area):
+    """The container engine of the sandbox provider `docker`: Docker's, or Podman's by its Docker-compatible API."""
+
+    host: str | None = None
+    """Where it listens: `unix://PATH` or `tcp://HOST:PORT`; default: DOCKER_HOST, else
+    `unix:///var/run/docker.sock`. For TLS: DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH, as for Docker's own client."""
+    image: str = "taskyard-agent"
+    """What sandboxes are made of whose environment names no image. Never pulled: it has to be there."""
+    runtime: str | None = None
+    """One that the engine knows, such as `runsc` (gVisor); default: the engine's."""
+    files: Literal["mount", "copy"] | None = None
+    """How sandboxes get the files they need of this host: mounted read-only, or copied in. Default: mounted if the
+    host is a Unix socket. An engine behind such a socket may see other files, as when the server is in a container."""
+
+
 class SandboxSettings(Area):
     """Limits of one sandbox."""
 
-    provider: Literal["bubblewrap"] = "bubblewrap"
+    provider: Literal["bubblewrap", "docker"] = "bubblewrap"
+    docker: DockerSettings = DockerSettings()
     uid_range: str = "230000-295535"
     """Host uids for sandboxes, one per run, `first-last`; used only when the server runs as root."""
     memory_mb: int = Field(16_384, gt=0)

@@ -9,11 +9,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from taskyard.sandbox.bubblewrap import BubblewrapProvider, BubblewrapSandbox
+from taskyard.sandbox.docker import DockerProvider
 from taskyard.sandbox.provider import Exit, Limits, ListenerHandler, Mount, Process, Provider, Sandbox, Spec
 from taskyard.settings import Settings
+from tests.support.docker import docker_settings
 
-KINDS = ("bubblewrap",)
+KINDS = ("bubblewrap", "docker")
 """The providers that the contract is tried on."""
 
 LIMITS = Limits(cpus=1, memory_mb=512, pids=128, tmp_mb=64)
@@ -69,13 +73,22 @@ class Hut(AnyHut):
         return sandbox
 
 
+def docker_hut(folder: Path, host: str, **docker: object) -> AnyHut:
+    """The same on a container engine; docker: further settings of it."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    sandbox = docker_settings(host, **docker)
+    return AnyHut(folder, DockerProvider(Settings(_env_file=None, data_dir=folder, sandbox=sandbox)))
+
+
 @asynccontextmanager
-async def open_hut(kind: str, folder: Path) -> AsyncIterator[AnyHut]:
-    """A provider of a kind, with its data in a folder."""
+async def open_hut(kind: str, folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[AnyHut]:
+    """A provider of a kind, with its data in a folder. request: for what the provider needs to be there."""
     hut: AnyHut
     match kind:
         case "bubblewrap":
             hut = Hut(folder)
+        case "docker":
+            hut = docker_hut(folder, request.getfixturevalue("docker_host"))
         case _:
             raise ValueError(kind)
     try:

@@ -13,3 +13,7 @@ def provider_for(settings: Settings) -> Provider:
             from taskyard.sandbox.bubblewrap import BubblewrapProvider
 
             return BubblewrapProvider(settings)
+        case "docker":
+            from taskyard.sandbox.docker import DockerProvider
+
+            return DockerProvider(settings)

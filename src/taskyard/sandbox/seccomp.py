@@ -13,6 +13,7 @@ import platform
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from taskyard.errors import SetupError
 
@@ -105,6 +106,51 @@ def program(machine: str | None = None) -> bytes:
     return b"".join(
         struct.pack("<HBBI", *instruction) for instruction in _instructions(ARCHITECTURES[machine])
     )
+
+
+def profile() -> dict[str, Any]:
+    """The same filter as container engines take it (the OCI's `seccomp`, in Docker's form), for any architecture.
+
+    They know system calls by name, leave out those that the machine does not have, and refuse other ABIs by
+    themselves. Arguments are compared at their full width there, so the upper half is masked away as the kernel
+    does.
+    """
+    word = 0xFFFFFFFF
+    names = sorted({name for arch in ARCHITECTURES.values() for name in arch.refused})
+    sockets = ["socket", "socketpair"]
+    families = [family for family in range(max(_FAMILIES)) if family not in _FAMILIES]
+    no_family = errno.EAFNOSUPPORT
+    return {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [
+            _refuse(names, errno.EPERM),
+            _refuse(["clone3"], errno.ENOSYS),
+            # All conditions of one rule must hold: so one for each bit.
+            *(
+                _refuse(["clone"], errno.EPERM, 0, 1 << bit, 1 << bit)
+                for bit in range(32)
+                if _NAMESPACES & 1 << bit
+            ),
+            *(_refuse(sockets, no_family, 0, word, family) for family in families),
+            _refuse(sockets, no_family, 0, max(_FAMILIES), op="SCMP_CMP_GT"),
+            *(_refuse(["ioctl"], errno.EPERM, 1, word, request) for request in _TERMINAL),
+        ],
+    }
+
+
+def _refuse(
+    names: Sequence[str],
+    error: int,
+    index: int | None = None,
+    value: int = 0,
+    second: int = 0,
+    op: str = "SCMP_CMP_MASKED_EQ",
+) -> dict[str, Any]:
+    """A rule; index: of the argument that has to fit. MASKED_EQ: `argument & value == second`."""
+    rule: dict[str, Any] = {"names": list(names), "action": "SCMP_ACT_ERRNO", "errnoRet": error}
+    if index is not None:
+        rule["args"] = [{"index": index, "value": value, "valueTwo": second, "op": op}]
+    return rule
 
 
 def _instructions(arch: Architecture) -> list[_Instruction]:

@@ -1,0 +1,48 @@
+"""A real container engine for tests: one for the whole session, started when first asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from taskyard.settings import DockerSettings, SandboxSettings
+from tests.support.docker_keeper import IMAGE
+
+_ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def docker_host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`unix://PATH` of an engine that has the image IMAGE and no network of its own."""
+    base = tmp_path_factory.getbasetemp()
+    worker: dict[str, str] | None = getattr(request.config, "workerinput", None)
+    session = base.parent if worker else base
+    name = f"taskyard-docker-{worker['testrunuid'] if worker else uuid.uuid4().hex}"
+    folder = Path(tempfile.gettempdir()) / name  # short: the paths of sockets have 107 bytes at most
+    keeper = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.docker_keeper", str(session / "docker.lock"), str(folder)],
+        cwd=_ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for the tests
+    )
+    with keeper:  # leaving closes the pipes and waits
+        assert keeper.stdout is not None
+        said = keeper.stdout.readline().strip()
+        if said.startswith("no: "):
+            pytest.skip(said.removeprefix("no: "))
+        assert said == "ready", "the container engine did not start: see the traceback above"
+        yield f"unix://{folder}/docker.sock"
+
+
+def docker_settings(host: str, **changes: object) -> SandboxSettings:
+    """The settings of sandboxes on this engine. changes: of the area `docker`."""
+    docker = DockerSettings(**{"host": host, "image": IMAGE, **changes})
+    return SandboxSettings(provider="docker", docker=docker)
