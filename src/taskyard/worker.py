@@ -139,6 +139,15 @@ def _stopping(app: procrastinate.App) -> bool:
 async def checked_provider(settings: Settings) -> Provider:
     """The sandbox provider, after its self-test; SetupError names everything that this machine lacks for it."""
     provider = provider_for(settings)
+    try:
+        await _check(provider)
+    except BaseException:
+        await provider.close()
+        raise
+    return provider
+
+
+async def _check(provider: Provider) -> None:
     problems = await provider.check()
     if not any(problem.fatal and not problem.ok for problem in problems):
         problems += await selftest(provider)
@@ -149,7 +158,6 @@ async def checked_provider(settings: Settings) -> Provider:
     if fatal:
         lines = [f"{problem.name}: {problem.detail} {problem.remedy}".strip() for problem in fatal]
         raise SetupError("this machine cannot run sandboxes.\n" + "\n".join(lines))
-    return provider
 
 
 def _register(app: procrastinate.App, parts: Parts, objects: ObjectStore) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from taskyard.settings import DockerSettings, SandboxSettings
+from tests.support import docker_keeper
 from tests.support.docker_keeper import IMAGE
 
 _ROOT = Path(__file__).parents[2]
@@ -40,6 +41,19 @@ def docker_host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
             pytest.skip(said.removeprefix("no: "))
         assert said == "ready", "the container engine did not start: see the traceback above"
         yield f"unix://{folder}/docker.sock"
+
+
+@pytest.fixture
+def own_docker_folder() -> Iterator[Path]:
+    """The folder of an engine for one test, with `docker.sock`; see docker_keeper for how to end and start it."""
+    folder = Path(tempfile.gettempdir()) / f"taskyard-docker-{uuid.uuid4().hex}"
+    try:
+        docker_keeper.start(folder)
+        docker_keeper.bring_image(folder)
+    except docker_keeper.CannotError as error:
+        pytest.skip(str(error))
+    yield folder
+    docker_keeper.stop(folder)
 
 
 def docker_settings(host: str, **changes: object) -> SandboxSettings:

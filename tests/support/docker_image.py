@@ -10,24 +10,20 @@ import os
 import shutil
 import subprocess
 import tarfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 PROGRAMS = """
-sh bash python3 git tar gzip find du env cat chmod chown cp cut cmp date dd diff dirname basename echo false grep head
-id install kill ln ls mkdir mkfifo mknod mktemp mount mv nl printf pwd readlink realpath rm rmdir sed seq setsid sha256sum
-sleep sort stat tail tee test timeout touch tr true uname uniq unshare wc which xargs yes
+sh bash python3 git tar gzip find du env cat chmod chown cp cut cmp date dd diff dirname basename echo false grep
+head id install kill ln ls mkdir mkfifo mknod mktemp mount mv nl printf pwd readlink realpath rm rmdir sed seq setsid
+sha256sum sleep sort stat tail tee test timeout touch tr true uname uniq unshare wc which xargs yes
 """.split()  # noqa: SIM905
 _GIT = ("/usr/lib/git-core", "/usr/share/git-core/templates")
-_NO_MODULES = (
-    "__pycache__",
-    "test",
-    "idlelib",
-    "tkinter",
-    "ensurepip",
-    "lib2to3",
-    "turtledemo",
-    "pydoc_data",
-)
+_LEFT_OUT = """
+__pycache__ test idlelib tkinter ensurepip lib2to3 turtledemo pydoc_data config-* *.a
+git-http-push git-imap-send git-http-backend git-http-fetch git-daemon git-shell scalar
+""".split()  # noqa: SIM905
+"""Names in folders that are packed whole."""
 _FILES = {
     "etc/passwd": "root:x:0:0::/root:/bin/sh\nagent:x:1000:1000::/home/agent:/bin/sh\n",
     "etc/group": "root:x:0:\nagent:x:1000:\n",
@@ -66,6 +62,10 @@ def _standard_library() -> Path:
     return Path(subprocess.check_output([python, "-I", "-c", script], text=True).strip())
 
 
+def _left_out(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _LEFT_OUT)
+
+
 class _Packer:
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar = tar
@@ -97,9 +97,10 @@ class _Packer:
 
     def tree(self, top: Path) -> None:
         for folder, folders, names in os.walk(top):
-            folders[:] = [name for name in folders if name not in _NO_MODULES]
+            folders[:] = [name for name in folders if not _left_out(name)]
             for name in names:
-                self.file(Path(folder, name))
+                if not _left_out(name):
+                    self.file(Path(folder, name))
 
     def _add(self, path: Path) -> None:
         info = self._tar.gettarinfo(str(path), str(path).lstrip("/"))

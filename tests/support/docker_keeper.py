@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,9 @@ from tests.support import docker_image
 
 IMAGE = "taskyard-test:1"
 START_S = 60.0
+
+_started: dict[Path, subprocess.Popen[bytes]] = {}
+"""Engines of this process, by folder."""
 
 
 @contextmanager
@@ -44,15 +48,17 @@ def client(folder: Path) -> httpx.Client:
 
 
 def running(folder: Path) -> bool:
-    try:
-        with client(folder) as http:
-            return http.get("/_ping").status_code == 200
-    except httpx.HTTPError:
-        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(folder / "docker.sock"))
+        except OSError:
+            return False
+    with client(folder) as http:
+        return http.get("/_ping").status_code == 200
 
 
-def start(folder: Path) -> int:
-    """An engine that touches nothing of this host's network; its process id. Raises CannotError."""
+def start(folder: Path) -> None:
+    """An engine that touches nothing of this host's network. Raises CannotError."""
     if os.geteuid() != 0:
         raise CannotError("a container engine needs root here")
     dockerd = shutil.which("dockerd")
@@ -63,17 +69,17 @@ def start(folder: Path) -> int:
     command += ["--exec-root", f"{folder}/exec", "--pidfile", f"{folder}/pid"]
     command += ["--bridge=none", "--iptables=false", "--ip6tables=false"]
     with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(
+        process = _started[folder] = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     end = time.monotonic() + START_S
     while not running(folder):
         if process.poll() is not None or time.monotonic() > end:
-            process.kill()
+            _started.pop(folder).kill()
+            process.wait()
             said = (folder / "log").read_text(errors="replace").strip().splitlines()
             raise CannotError(f"dockerd does not start: {said[-1] if said else process.returncode}")
         time.sleep(0.05)
-    return process.pid
 
 
 def bring_image(folder: Path) -> None:
@@ -92,7 +98,10 @@ def bring_image(folder: Path) -> None:
 
 
 def stop(folder: Path) -> None:
-    """End all containers, then the engine."""
+    """End all containers, then the engine, and remove all that it had."""
+    if not running(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
     with client(folder) as http:
         for container in http.get("/containers/json", params={"all": "true"}).json():
             http.delete(f"/containers/{container['Id']}", params={"force": "true", "v": "true"})
@@ -101,11 +110,13 @@ def stop(folder: Path) -> None:
 
 
 def end_engine(folder: Path, number: int = signal.SIGTERM) -> None:
-    """End the engine's process, and wait for that."""
+    """End the engine's process, which may be another process's child, and wait for that."""
     pid = int((folder / "pid").read_text())
     os.kill(pid, number)
+    if folder in _started:
+        _started.pop(folder).wait(START_S)
     end = time.monotonic() + START_S
-    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+    while Path(f"/proc/{pid}").exists():
         if time.monotonic() > end:
             raise CannotError(f"dockerd ({pid}) does not end")
         time.sleep(0.05)

@@ -128,7 +128,8 @@ def _locked(
         "Hostname": "sandbox",
         "Labels": dict(marks),
         "Tty": False,
-        "NetworkDisabled": True,
+        # An engine that stops is no reason for a command to finish: what is killed is done again.
+        "StopSignal": "SIGKILL",
         "Healthcheck": {"Test": ["NONE"]},  # an image's own would be run beside the command
         "HostConfig": host,
     }
