@@ -14,6 +14,7 @@ from taskyard.sandbox.provider import Problem
 from taskyard.settings import ObjectSettings, S3Settings, Settings
 from tests.support import s3_keeper
 from tests.support.command import taskyard
+from tests.support.docker_keeper import IMAGE
 from tests.support.s3 import s3_settings
 
 
@@ -61,7 +62,8 @@ def test_a_data_folder_that_is_a_file(tmp_path: Path) -> None:
 
 def test_agents_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
-    found = {problem.name: problem for problem in doctor._agents(settings(tmp_path))}
+    own = settings(tmp_path)
+    found = {problem.name: problem for problem in (*doctor._agents(own), *doctor._keys(own))}
     assert (found["agent claude"].ok, found["agent claude"].fatal) == (False, False)
     assert found["agent claude"].remedy == "taskyard agents install claude"
     assert found["agent scripted"].ok
@@ -114,6 +116,20 @@ def test_the_command(tmp_path: Path) -> None:
     failed = [problem for problem in found.values() if problem["fatal"] and not problem["ok"]]
     assert failed == []
     assert done.returncode == 0
+
+
+def test_the_command_with_a_container_engine(tmp_path: Path, docker_host: str) -> None:
+    """The agents are the image's, so this machine's Node.js does not matter."""
+    variables = {"PROVIDER": "docker", "DOCKER__HOST": docker_host, "DOCKER__IMAGE": IMAGE}
+    variables = {f"TASKYARD_SANDBOX__{name}": value for name, value in variables.items()}
+    done = taskyard("doctor", "--json", cwd=tmp_path, **variables)
+    found = {problem["name"]: problem for problem in json.loads(done.stdout)}
+    assert done.returncode == 0, done.stdout
+    assert {"container engine", "sandbox image", "sandbox limits", "sandbox: open descriptors"} <= set(found)
+    assert found["agent scripted"]["ok"]
+    assert found["agent claude"]["detail"] == "not in the image: claude-agent-acp"
+    assert "deploy/agent-image" in found["agent codex"]["remedy"]
+    assert "Node.js" not in found
 
 
 @pytest.mark.parametrize(("key", "ok"), [(s3_keeper.ACCESS_KEY, True), ("nobody", False)])

@@ -19,7 +19,7 @@ from taskyard.cli.options import AsJson, DataDir, load_settings
 from taskyard.errors import TaskyardError
 
 if TYPE_CHECKING:
-    from taskyard.sandbox.provider import Problem
+    from taskyard.sandbox.provider import Problem, Provider
     from taskyard.settings import Settings
 
 FATAL_FREE_MB = 500
@@ -75,7 +75,10 @@ async def checks(settings: Settings) -> AsyncIterator[Problem]:
         yield problem
     async for problem in _sandbox(settings):
         yield problem
-    for problem in _agents(settings):
+    if settings.sandbox.provider == "bubblewrap":
+        for problem in _agents(settings):
+            yield problem
+    for problem in _keys(settings):
         yield problem
 
 
@@ -172,6 +175,9 @@ async def _sandbox(settings: Settings) -> AsyncIterator[Problem]:
                 return
             for problem in await selftest(provider):
                 yield problem
+            if "host-programs" not in await provider.capabilities():
+                for problem in await _agents_inside(provider, settings):
+                    yield problem
         finally:
             await provider.close()
     except (TaskyardError, OSError) as error:
@@ -181,7 +187,6 @@ async def _sandbox(settings: Settings) -> AsyncIterator[Problem]:
 def _agents(settings: Settings) -> Iterator[Problem]:
     from taskyard.agents.adapters import adapters
     from taskyard.agents.install import check_node, describe
-    from taskyard.cli.config import VENDOR_KEYS
 
     try:
         npm = check_node()
@@ -202,6 +207,29 @@ def _agents(settings: Settings) -> Iterator[Problem]:
             detail if info.installed else "not installed",
             f"taskyard agents install {info.name}",
         )
+
+
+async def _agents_inside(provider: Provider, settings: Settings) -> list[Problem]:
+    """Which agents the image has that sandboxes are made of. Raises TaskyardError."""
+    from taskyard.agents.adapters import adapters
+    from taskyard.sandbox.selftest import missing_programs
+
+    programs = {name: adapter.argv_in_image()[0] for name, adapter in adapters(settings).items()}
+    missing = await missing_programs(provider, programs.values())
+    return [
+        _problem(
+            f"agent {name}",
+            program not in missing,
+            f"not in the image: {program}" if program in missing else f"{program}, in the image",
+            "Only needed for runs of this agent: build the image by the recipe in deploy/agent-image.",
+        )
+        for name, program in programs.items()
+    ]
+
+
+def _keys(settings: Settings) -> Iterator[Problem]:
+    from taskyard.cli.config import VENDOR_KEYS
+
     for vendor, variable in VENDOR_KEYS.items():
         try:
             key = getattr(settings.models, vendor).key(variable)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from taskyard.errors import TaskyardError
-from taskyard.sandbox.provider import Limits, Problem, Provider, Sandbox, Spec
+from taskyard.sandbox.provider import Limits, Problem, Provider, Sandbox, SandboxError, Spec
 
 DEADLINE_S = 60.0
 _LIMITS = Limits(cpus=1, memory_mb=256, pids=64, tmp_mb=16)
@@ -85,8 +85,30 @@ async def selftest(provider: Provider) -> list[Problem]:
     ]
 
 
+async def missing_programs(provider: Provider, names: Iterable[str]) -> set[str]:
+    """Which of these programs a sandbox does not have. Raises TaskyardError."""
+    script = 'for name; do command -v -- "$name" >/dev/null || echo "$name"; done; echo held'
+    sandbox = await provider.create(Spec(f"programs-{secrets.token_hex(8)}", _LIMITS))
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            said = await _said(sandbox, ["/bin/sh", "-c", script, "sh", *names], "")
+    except TimeoutError:
+        raise SandboxError(f"a sandbox has not said for {DEADLINE_S:g} seconds what it has") from None
+    finally:
+        await sandbox.destroy()
+    *missing, last = said.splitlines()
+    if last != _HELD:
+        raise SandboxError(f"a sandbox does not say what it has: {said}")
+    return set(missing)
+
+
 async def _attack(sandbox: Sandbox, script: str, text: str) -> str:
-    process = await sandbox.exec(["/bin/sh", "-c", script], stdin=True)
+    return await _said(sandbox, ["/bin/sh", "-c", script], text)
+
+
+async def _said(sandbox: Sandbox, argv: Sequence[str], text: str) -> str:
+    """What a command says that gets a text as its standard input."""
+    process = await sandbox.exec(argv, stdin=True)
     try:
         assert process.stdin is not None
         process.stdin.write(text.encode())
