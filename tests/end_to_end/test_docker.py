@@ -60,6 +60,19 @@ async def test_work_arrives_as_a_branch_and_goes_on_in_another_run(
     assert agents_of(follow.id) == []
 
 
+async def test_the_image_of_the_environment(live: Yard) -> None:
+    api = live.api()
+    made = ok(await api.post("sandbox_environments/", {"name": "e", "image": "no-such-image:3"}), 201)
+    wanted = {"sandbox_environment_id": made["id"], **SCRIPTED}
+    body = await (await api.start("SAY hi", **wanted)).status("failed")
+    assert body["state"]["error_type"] == "sandbox_failed"
+    assert "no image 'no-such-image:3'" in body["error_message"]
+    ok(await api.patch(f"sandbox_environments/{made['id']}/", {"image": docker_keeper.IMAGE}))
+    assert (await (await api.start("SAY hi", **wanted)).status("completed", "failed"))[
+        "status"
+    ] == "completed"
+
+
 class TestMemory:
     @pytest.fixture
     def settings(self, tmp_path: Path, database_url: str, docker_host: str) -> Settings:

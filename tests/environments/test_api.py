@@ -15,8 +15,8 @@ from tests.support.yard import Api, Yard, error, ok, open_yard
 
 KEYS = [
     "id", "name", "network_access_level", "allowed_domains", "include_default_domains", "repositories",
-    "has_environment_variables", "private", "setup_script", "mcp_servers", "worker_pool", "internal",
-    "effective_domains", "created_by", "created_at", "updated_at",
+    "has_environment_variables", "private", "setup_script", "mcp_servers", "worker_pool", "image",
+    "internal",    "effective_domains", "created_by", "created_at", "updated_at",
 ]  # fmt: skip
 
 
@@ -178,7 +178,8 @@ async def test_list(yard: Yard) -> None:
     assert body["count"] == 2
     assert [item["name"] for item in body["results"]] == ["2", "0"]
     left_out = {
-        "effective_domains", "include_default_domains", "has_environment_variables", "setup_script", "mcp_servers"
+        "effective_domains", "include_default_domains", "has_environment_variables", "setup_script", "mcp_servers",
+        "image",
     }  # fmt: skip
     assert list(body["results"][0]) == [key for key in KEYS if key not in left_out]
     first = ok(await api.get("sandbox_environments/?limit=1"))
@@ -262,3 +263,17 @@ async def test_configured_domains(settings: Settings, database: Database) -> Non
     async with open_yard(own, database) as yard:
         made = await create(yard.api(), network_access_level="trusted")
     assert made["effective_domains"] == ["only.example.org"]
+
+
+async def test_an_image(yard: Yard) -> None:
+    api = yard.api()
+    image = "registry.example.org:5000/team/agent:1.2@sha256:" + "0" * 64
+    made = await create(api, image=image)
+    path = f"sandbox_environments/{made['id']}/"
+    assert (made["image"], ok(await api.get(path))["image"]) == (image, image)
+    assert ok(await api.patch(path, {"name": "Other"}))["image"] == image
+    assert ok(await api.patch(path, {"image": None}))["image"] is None
+    assert (await create(api))["image"] is None
+    for bad in ("", "a b", "-v/etc:/etc", "x\u0000", "é", "a" * 256):
+        answer = await api.post("sandbox_environments/", {"name": "e", "image": bad})
+        error(answer, 400, answer.json()["code"], "image")

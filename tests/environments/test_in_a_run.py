@@ -121,6 +121,14 @@ async def test_environment_that_cannot_be_used_any_more(live: Yard, how: str) ->
     assert "secret-secret" not in json.dumps(log)
 
 
+async def test_an_image_where_there_are_none(live: Yard) -> None:
+    wanted = await environment(live, image="python:3.13")
+    run = await live.api().start("SAY hi", sandbox_environment_id=wanted, **SCRIPTED)
+    body, _ = await finished(run, "failed")
+    assert body["state"]["error_type"] == "sandbox_failed"
+    assert "'bubblewrap' makes sandboxes of the host's programs, not of images" in body["error_message"]
+
+
 async def test_set_up_script(live: Yard) -> None:
     script = "echo begun in $(pwd)\necho $API_TOKEN; echo $GREETING >&2\necho ready > made.txt\n"
     script += "[[ -n $BASH ]] && echo bash"

@@ -115,7 +115,7 @@ def test_additions_of_ours_say_what_they_are() -> None:
     own += [("TaskRunBootstrapCreateRequest", "agent"), ("TaskRunCommandRequest", "method")]
     own += [
         (name, field)
-        for field in ("worker_pool", "setup_script", "mcp_servers")
+        for field in ("worker_pool", "setup_script", "mcp_servers", "image")
         for name in ("SandboxEnvironmentRequest", "PatchedSandboxEnvironment", "SandboxEnvironment")
     ]
     own += [("SandboxEnvironmentListItem", "worker_pool")]

@@ -40,7 +40,7 @@ SPARE_S = 600.0
 """A sandbox that the server cannot reach any more ends the agent by itself, so much after the run's deadline."""
 
 
-def spec_of(settings: Settings, name: str) -> Spec:
+def spec_of(settings: Settings, name: str, environment: Row | None) -> Spec:
     """The sandbox that a run of this name gets."""
     limits = settings.sandbox
     return Spec(
@@ -52,6 +52,7 @@ def spec_of(settings: Settings, name: str) -> Spec:
             tmp_mb=limits.tmp_mb,
             disk_mb=limits.disk_mb or None,
         ),
+        image=environment["image"] if environment is not None else None,
         needs=frozenset(limits.require),
     )
 
@@ -59,6 +60,7 @@ def spec_of(settings: Settings, name: str) -> Spec:
 class PreparingRun(ConversingRun):
     _was_set_up = False
     """Everything before the agent was done in this sandbox."""
+    _environment: Row | None = None
 
     async def _set_up(self) -> None:
         """Make everything that a turn needs. Raises RunFailure."""
@@ -67,14 +69,16 @@ class PreparingRun(ConversingRun):
         own = await self._patiently(lambda: resume.checkpoint_of(self.parts.database, self.lease.run_id))
         kept = own if own is not None or self._resumed else await self._predecessor()
         self._keeper = Keeper(self.parts.database, self.parts.objects, self.lease, self._row["task_id"], own)
+        parts = self.parts
+        self._environment = environment = await self._patiently(
+            lambda: environment_of(parts.database, self._row)
+        )
         label = "Setting up sandbox" if not self._resumed else "Setting up sandbox again"
         async with self._step("sandbox", label, "sandbox_failed"):
             here = await self._attend(self._find_sandbox(own))
         assert self._sandbox is not None
-        parts = self.parts
         self._work = self._new_work(self._sandbox)
         here = await self._attend(self._fill_workspace(kept, here=here))
-        environment = await self._patiently(lambda: environment_of(parts.database, self._row))
         variables = await self._patiently(lambda: user_variables(parts.settings, parts.database, environment))
         self._hide(secret_values(variables))
         if environment is not None and environment["setup_script"].strip() and not here:
@@ -149,7 +153,7 @@ class PreparingRun(ConversingRun):
         return False
 
     def _spec(self, name: str) -> Spec:
-        return spec_of(self.parts.settings, name)
+        return spec_of(self.parts.settings, name, self._environment)
 
     def _new_work(self, sandbox: Sandbox) -> Work:
         parts = self.parts

@@ -64,7 +64,7 @@ async def open_trial(
         pass  # it was refused, and cost nothing
 
     async with AsyncExitStack() as steps:
-        spec = spec_of(settings, PREFIX + secrets.token_hex(6))
+        spec = spec_of(settings, PREFIX + secrets.token_hex(6), environment)
         sandbox = await provider.create(spec)
         steps.push_async_callback(sandbox.destroy)
         policy = Policy(spec.id, routes(settings), network, allowed_models=[NO_MODEL])

@@ -18,6 +18,7 @@ NOT_IN_LISTS = frozenset(
         "effective_domains",
         "setup_script",
         "mcp_servers",
+        "image",
     }
 )
 
@@ -36,6 +37,7 @@ def environment(row: Row, defaults: Sequence[str]) -> Json:
         "setup_script": row["setup_script"],
         "mcp_servers": row["mcp_servers"],
         "worker_pool": row["worker_pool"],
+        "image": row["image"],
         "internal": row["internal"],
         "effective_domains": effective(
             row["network_access_level"], row["allowed_domains"], row["include_default_domains"], defaults

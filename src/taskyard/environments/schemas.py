@@ -63,6 +63,10 @@ Value = Annotated[Verbatim, BeforeValidator(_number_as_text)]
 SetupScript = Annotated[Verbatim, StringConstraints(max_length=64_000, pattern=r"^[^\x00]*$")]
 
 
+Image = Annotated[Filled, StringConstraints(max_length=255, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")]
+"""As container engines take it: `registry/name:tag`, `name@sha256:…`."""
+
+
 class EnvironmentUpdate(Body):
     """What is not sent stays as it is. `environment_variables` replaces the whole map."""
 
@@ -88,6 +92,10 @@ class EnvironmentUpdate(Body):
     worker_pool: Pool | None = Field(
         default=None,
         description="Only workers of this pool drive runs in the environment; null: those of `default`.",
+    )
+    image: Image | None = Field(
+        default=None,
+        description="The container image that sandboxes are made of, on workers that use containers; null: the site's.",
     )
 
 

@@ -18,7 +18,7 @@ READABLE: LiteralString = (
 
 SELECT: LiteralString = """
 SELECT e.id, e.project_id, e.name, e.network_access_level, e.allowed_domains, e.include_default_domains,
-    e.repositories, e.setup_script, e.mcp_servers, e.worker_pool, e.variables IS NOT NULL AS has_variables,
+    e.repositories, e.setup_script, e.mcp_servers, e.worker_pool, e.image, e.variables IS NOT NULL AS has_variables,
     e.private, e.internal, e.created_at, e.updated_at,
     u.id AS user_id, u.uuid AS user_uuid, u.distinct_id, u.first_name, u.last_name, u.email
 FROM sandbox_environments e LEFT JOIN users u ON u.id = e.created_by_id
@@ -35,6 +35,7 @@ COLUMNS = {
     "setup_script": "setup_script",
     "mcp_servers": "mcp_servers",
     "worker_pool": "worker_pool",
+    "image": "image",
     "variables": "variables",
 }
 
@@ -81,10 +82,10 @@ async def insert(connection: Connection, project_id: int, user_id: int, fields: 
         await connection.execute(
             "INSERT INTO sandbox_environments (project_id, created_by_id, name, network_access_level,"
             " allowed_domains, include_default_domains, repositories, private, setup_script, mcp_servers,"
-            " worker_pool, variables)"
+            " worker_pool, image, variables)"
             " VALUES (%(project)s, %(user)s, %(name)s, %(network_access_level)s, %(allowed_domains)s,"
             " %(include_default_domains)s, %(repositories)s, %(private)s, %(setup_script)s,"
-            " %(mcp_servers)s, %(worker_pool)s, %(variables)s)"
+            " %(mcp_servers)s, %(worker_pool)s, %(image)s, %(variables)s)"
             " RETURNING id",
             {**fields, "project": project_id, "user": user_id},
         )

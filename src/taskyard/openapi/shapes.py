@@ -322,6 +322,9 @@ class SandboxEnvironment(SandboxEnvironmentListItem):
     has_environment_variables: bool
     setup_script: Annotated[str, Meta(description="Run in the sandbox before the agent starts.")]
     mcp_servers: Annotated[list[SandboxMcpServer], Meta(description="MCP servers for the agent.")]
+    image: Annotated[
+        str | None, Meta(description="The container image that its sandboxes are made of; null: the site's.")
+    ]
     effective_domains: list[str]
 
 
