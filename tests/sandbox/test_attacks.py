@@ -113,7 +113,7 @@ async def test_environment_of_the_server(hut: AnyHut, sandbox: Sandbox) -> None:
     assert "for-the-agent" not in done.output
     if isinstance(hut.provider, DockerProvider):
         names = {word.partition("=")[0] for word in environ[2:-1].split("\\x00") if word}
-        assert names <= {"PATH", "HOSTNAME", "HOME"}  # the image's
+        assert names <= {"PATH", "HOSTNAME", "HOME", "container"}  # the image's, and the engine's
         assert "python3" in line
     else:
         # The shell on the way to bwrap sets PWD, to a folder that says nothing.

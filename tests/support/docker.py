@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,13 @@ _ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def docker_host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`unix://PATH` of an engine that has the image IMAGE and no network of its own."""
+    """`unix://PATH` of an engine that has the image IMAGE and no network of its own.
+
+    TASKYARD_TEST_DOCKER_HOST names another one to try the tests on, such as Podman's, which has the image already.
+    """
+    if other := os.environ.get("TASKYARD_TEST_DOCKER_HOST"):
+        yield other
+        return
     base = tmp_path_factory.getbasetemp()
     worker: dict[str, str] | None = getattr(request.config, "workerinput", None)
     session = base.parent if worker else base

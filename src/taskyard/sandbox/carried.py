@@ -172,10 +172,16 @@ class CarriedProcess:
             self._ready.set()
         elif kind == EXIT:
             self._exit = _Exit(**json.loads(data))
+            self._keep(self._hear())
         elif kind == OPEN:
             if not self._gateway:
                 raise ValueError("it has no way out")
             self._keep(self._connect(self._mux.open(number)))
+
+    async def _hear(self) -> None:
+        """All has arrived, so the carrier may end."""
+        with suppress(OSError):
+            await self._mux.send(GO)
 
     async def _connect(self, channel: carrier.Channel) -> None:
         try:

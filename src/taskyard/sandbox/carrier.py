@@ -35,6 +35,8 @@ WINDOW = 256 * 1024
 PIECE = 32 * 1024
 MAX_FRAME = 4 * 1024 * 1024
 MAX_CHANNELS = 512
+LINGER_S = 10.0
+"""The server has taken note of a command's end within this time."""
 LISTENER = ("127.0.0.1", 3128)
 BOOT = "import os\nb=b''\nwhile len(b)<%d:b+=os.read(0,%d-len(b)) or os._exit(125)\nexec(b)"
 """Takes the length of the source, twice."""
@@ -203,6 +205,7 @@ class _Inside:
         self._child: subprocess.Popen[bytes] | None = None
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._go = asyncio.Event()
+        self._heard = asyncio.Event()
         self._order: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Future[None]] = set()
         self._opened = 0
@@ -247,7 +250,7 @@ class _Inside:
         if kind == START:
             self._order.set_result(json.loads(data))
         elif kind == GO:
-            self._go.set()
+            (self._heard if self._go.is_set() else self._go).set()
         elif kind == SIGNAL:
             self._signal(number)
 
@@ -270,6 +273,9 @@ class _Inside:
             code = 127 if isinstance(error, FileNotFoundError) else 126
             await self._stdio.end()
         await self._mux.send(EXIT, 0, json.dumps({"code": code, "timeout": self._timed_out}).encode())
+        with suppress(asyncio.TimeoutError):
+            # Some engines throw away what is under way when a program ends: not before all has arrived.
+            await asyncio.wait_for(self._heard.wait(), LINGER_S)
         return code
 
     async def _execute(self, order: dict[str, Any]) -> int:

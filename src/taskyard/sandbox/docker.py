@@ -9,10 +9,12 @@ Files of this host are mounted if the engine is here, else copied in (docker_fil
 
 from __future__ import annotations
 
+import json
+import secrets
 from collections.abc import Sequence
 
 from taskyard.errors import SetupError
-from taskyard.sandbox import docker_checks, docker_config, docker_files
+from taskyard.sandbox import docker_checks, docker_config, docker_files, seccomp
 from taskyard.sandbox.carried import Wire
 from taskyard.sandbox.disk import DiskWatch
 from taskyard.sandbox.docker_config import PLACE, SANDBOX, Json, Volumes
@@ -41,6 +43,8 @@ class DockerProvider(RemoteProvider):
         self._data_dir = settings.data_dir
         self._place: str | None = None
         self._facts: Facts | None = None
+        self.seccomp = ""
+        """The system-call filter as this engine takes it, once capabilities() was asked."""
         self._disk: DiskWatch | None = None
 
     @property
@@ -67,12 +71,30 @@ class DockerProvider(RemoteProvider):
                     f"the container engine has no runtime {runtime!r}, only: {known}; see its configuration, or"
                     " TASKYARD_SANDBOX__DOCKER__RUNTIME"
                 )
+            self.seccomp = self._seccomp_of(facts)
             self._facts = facts
         able: set[Capability] = {"disk", "image"}
         able.update(name for name in ("memory", "cpu", "pids") if name in self._facts.limits)
         if (self.settings.runtime or "").startswith(_OWN_KERNEL):
             able.add("kernel")
         return frozenset(able)
+
+    def _seccomp_of(self, facts: Facts) -> str:
+        """Docker takes the filter itself, Podman the path of a file on its own host. Raises SetupError."""
+        text = json.dumps(seccomp.profile())
+        if not facts.podman:
+            return text
+        if not self.engine.here:
+            raise SetupError(
+                f"Podman at {self.engine.host} has to be on this host, behind a Unix socket: it reads the system-call"
+                " filter of sandboxes from a file; on other hosts use Docker's engine, or a worker there"
+            )
+        path = self._data_dir.absolute() / "seccomp.json"
+        self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = path.with_name(f"seccomp.{secrets.token_hex(6)}.part")
+        part.write_text(text, "ascii")
+        part.replace(path)
+        return str(path)
 
     async def check(self) -> list[Problem]:
         """See provider.Provider."""
@@ -143,7 +165,12 @@ class DockerSandbox(RemoteSandbox):
         image = self._provider.settings.image
         await self._provider.image(image)
         config = docker_config.giver(
-            image, self._marks, self._volumes, limits, self._provider.facts_of_engine.cpus
+            image,
+            self._provider.seccomp,
+            self._marks,
+            self._volumes,
+            limits,
+            self._provider.facts_of_engine.cpus,
         )
         async with self._engine.asked("make the volumes of a sandbox usable") as client:
             container = await client.containers.create(config)
@@ -171,6 +198,7 @@ class DockerSandbox(RemoteSandbox):
             self._declared = tuple((image.get("Config") or {}).get("Volumes") or ())
         config = docker_config.carrier(
             self._image,
+            self._provider.seccomp,
             self._marks,
             self._volumes,
             limits,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from taskyard.sandbox import seccomp
 from taskyard.sandbox.carried import COMMAND
 from taskyard.sandbox.provider import HOME, WORKSPACE, Limits
 from taskyard.sandbox.rules import SHM_BYTES, TMP, UID, VAR_TMP
@@ -46,6 +44,7 @@ def volume(name: str, marks: Mapping[str, str]) -> Json:
 
 def carrier(
     image: str,
+    seccomp: str,
     marks: Mapping[str, str],
     volumes: Volumes,
     limits: Limits,
@@ -57,9 +56,10 @@ def carrier(
 ) -> Json:
     """A container for one command. It ends when the connection to its standard input does.
 
+    seccomp: the system-call filter, as the engine takes it.
     cpus: of the engine's host. mounts: besides the volumes. declared: where the image wants volumes.
     """
-    config = _locked(image, marks, volumes, limits, cpus, runtime)
+    config = _locked(image, seccomp, marks, volumes, limits, cpus, runtime)
     config |= {
         "Entrypoint": list(COMMAND),
         "User": f"{UID}:{UID}",
@@ -79,14 +79,16 @@ def carrier(
     return config
 
 
-def giver(image: str, marks: Mapping[str, str], volumes: Volumes, limits: Limits, cpus: int) -> Json:
+def giver(
+    image: str, seccomp: str, marks: Mapping[str, str], volumes: Volumes, limits: Limits, cpus: int
+) -> Json:
     """A container that gives the new, empty volumes to the sandbox's user.
 
     An engine makes volumes that belong to root, and has no option for that which all engines know. So the site's
     image does it, never that of an environment: as root, but with the one capability it takes, and before anything
     of an agent's is in there.
     """
-    config = _locked(image, marks, volumes, limits, cpus, None)
+    config = _locked(image, seccomp, marks, volumes, limits, cpus, None)
     script = 'chown "$0" "$@" && exec chmod 0700 "$@"'
     config |= {"Entrypoint": ["/bin/sh", "-c", script, f"{UID}:{UID}", WORKSPACE, HOME], "User": "0:0"}
     # Only the owner may change the mode: by then that is not root any more.
@@ -95,13 +97,19 @@ def giver(image: str, marks: Mapping[str, str], volumes: Volumes, limits: Limits
 
 
 def _locked(
-    image: str, marks: Mapping[str, str], volumes: Volumes, limits: Limits, cpus: int, runtime: str | None
+    image: str,
+    seccomp: str,
+    marks: Mapping[str, str],
+    volumes: Volumes,
+    limits: Limits,
+    cpus: int,
+    runtime: str | None,
 ) -> Json:
     host: Json = {
         "NetworkMode": "none",
         "ReadonlyRootfs": True,
         "CapDrop": ["ALL"],
-        "SecurityOpt": ["no-new-privileges", f"seccomp={json.dumps(seccomp.profile())}"],
+        "SecurityOpt": ["no-new-privileges", f"seccomp={seccomp}"],
         "Privileged": False,
         "IpcMode": "private",
         "CgroupnsMode": "private",

@@ -22,6 +22,7 @@ from taskyard.settings import DockerSettings
 
 TALK_S = 60.0
 """The engine answers anything within this time."""
+SAID_CHARS = 500
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 _NOBODY = 900
 """What aiodocker has as the status when there is no engine."""
@@ -50,6 +51,7 @@ class Facts:
     limits: frozenset[str]
     """Of `memory`, `cpu`, `pids`: what it can limit."""
     runtimes: frozenset[str]
+    podman: bool
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Engine:
         except aiodocker.DockerError as error:
             if error.status == _NOBODY:
                 raise EngineError(f"the container engine at {self.host} does not answer") from error
-            detail = f"the container engine does not {what}: {error.message.strip()}"
+            # Some repeat all that they were told.
+            detail = f"the container engine does not {what}: {error.message.strip()[:SAID_CHARS]}"
             raise EngineError(detail, missing=error.status == 404) from error
         except TimeoutError as error:
             detail = f"the container engine has not answered for {TALK_S:g} seconds, asked to {what}"
@@ -109,6 +112,7 @@ class Engine:
             try:
                 async with self.asked("describe itself") as client:
                     found = dict(await client.system.info())
+                    parts = (await client.version()).get("Components") or ()
             except EngineError as error:
                 raise SetupError(
                     f"{error.detail}. Start it, or name another in TASKYARD_SANDBOX__DOCKER__HOST or DOCKER_HOST; the"
@@ -121,6 +125,7 @@ class Engine:
                 folder=Path(str(found.get("DockerRootDir") or "/")),
                 limits=frozenset(name for name, key in names.items() if found.get(key)),
                 runtimes=frozenset(found.get("Runtimes") or ()),
+                podman=any(part.get("Name") == "Podman Engine" for part in parts),
             )
         return self._facts
 
