@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from taskyard.db.engine import Database
+from taskyard.errors import SetupError
 from taskyard.settings import AgentSettings, RateLimitSettings, RunSettings, Settings
+from taskyard.worker import checked_provider
 from tests.conftest import make_settings
 from tests.support import docker_keeper
 from tests.support.docker import docker_settings
@@ -93,12 +95,9 @@ class TestImage:
         other = docker_settings(docker_host, image="taskyard-none")
         return make_settings(tmp_path / "data", database_url, sandbox=other)
 
-    async def test_a_worker_without_its_image_does_not_start(
-        self, settings: Settings, database: Database
-    ) -> None:
-        with pytest.raises(Exception, match="no image 'taskyard-none'"):
-            async with open_yard(settings, database, worker=True):
-                pass
+    async def test_a_worker_without_its_image_does_not_start(self, settings: Settings) -> None:
+        with pytest.raises(SetupError, match=r"no image 'taskyard-none'(.|\n)*docker build"):
+            await checked_provider(settings)
 
 
 async def test_a_killed_worker_leaves_a_sandbox_that_the_next_goes_on_with(
