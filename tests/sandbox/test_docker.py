@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from taskyard.drive.workspace import MIRROR_INSIDE
 from taskyard.errors import SetupError
@@ -25,6 +33,7 @@ from taskyard.sandbox.selftest import selftest
 from tests.support.desk import Desk
 from tests.support.docker_keeper import IMAGE
 from tests.support.sandboxes import LIMITS, AnyHut, docker_hut, first_line, gone, run, shell
+from tests.support.served import FETCH, Served
 
 Derive = Callable[..., Awaitable[str]]
 
@@ -384,3 +393,134 @@ async def test_many_commands_at_once(sandbox: DockerSandbox) -> None:
         process.stdin.write(b"here\n")
         assert await first_line(process) == "here"
     await asyncio.gather(*(process.kill() for process in processes))
+
+
+# An engine of another host
+
+
+class Relay:
+    """Passes connections on to the engine's socket, over TLS with certificates of both sides."""
+
+    def __init__(self, socket: str, folder: Path) -> None:
+        self._socket = socket
+        self._folder = folder
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> str:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self._folder / "ca.pem")
+        context.load_cert_chain(self._folder / "cert.pem", self._folder / "key.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=context)
+        return f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def cut(self) -> None:
+        """Break all connections off."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        engine_reader, engine_writer = await asyncio.open_unix_connection(self._socket)
+        self._writers |= {writer, engine_writer}
+        for task in (self._pass(reader, engine_writer), self._pass(engine_reader, writer)):
+            self._tasks.add(asyncio.create_task(task))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Path:
+    """A folder as DOCKER_CERT_PATH names one; the one certificate is that of server, client and authority."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "engine")])
+    now = datetime.now(UTC)
+    usage = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign",
+         "encipher_only", "decipher_only"), False
+    )  # fmt: skip
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.KeyUsage(digital_signature=True, key_cert_sign=True, **usage), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    pem = certificate.public_bytes(serialization.Encoding.PEM)
+    (folder / "ca.pem").write_bytes(pem)
+    (folder / "cert.pem").write_bytes(pem)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "key.pem").write_bytes(private)
+    return folder
+
+
+async def test_an_engine_of_another_host(
+    docker_host: str, tmp_path: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch, nap: str
+) -> None:
+    monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+    monkeypatch.setenv("DOCKER_CERT_PATH", str(certificates))
+    relay = Relay(docker_host.removeprefix("unix://"), certificates)
+    async with relay as host:
+        hut = docker_hut(tmp_path / "data", host)
+        try:
+            problems = await hut.provider.check()
+            assert [problem for problem in problems if not problem.ok] == []
+            assert "files of this host are copied in" in problems[0].detail
+            desk = Desk(tmp_path, await hut.sandbox())
+            await desk.clone()
+            served = Served()
+            done = await run(desk.sandbox, "python3", "-c", FETCH, on_listener=served.serve)
+            await served.close()
+            assert done.output == "/hello\n"
+            # A connection that breaks ends the command, wherever it breaks.
+            process = await desk.sandbox.exec(["sh", "-c", f"echo ready; exec sleep {nap}"], stdin=True)
+            assert await first_line(process) == "ready"
+            relay.cut()
+            async with asyncio.timeout(60):
+                assert (await process.wait()).reason == "killed"
+            await process.kill()
+            await gone(nap)
+            assert (await shell(desk.sandbox, "echo on")).output == "on\n"
+        finally:
+            await hut.close()
+
+
+async def test_an_engine_that_does_not_know_us(
+    docker_host: str, tmp_path: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+    monkeypatch.setenv("DOCKER_CERT_PATH", str(certificates))
+    async with Relay(docker_host.removeprefix("unix://"), certificates) as host:
+        (certificates / "cert.pem").unlink()
+        hut = docker_hut(tmp_path / "data", host)
+        with pytest.raises(SetupError, match="DOCKER__HOST"):
+            await hut.provider.capabilities()
+        await hut.close()
+    monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "nowhere"))
+    hut = docker_hut(tmp_path / "data", "tcp://127.0.0.1:1")
+    with pytest.raises(SetupError, match="cannot be used"):
+        await hut.provider.capabilities()
+    await hut.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def test_numbers_are_those_of_libseccomp(machine: str) -> None:
 
 def decide_by_name(rules: dict[str, Any], name: str, *arguments: int) -> int:
     """What a container engine would have the kernel answer."""
-    holds = {
+    holds: dict[str, Callable[[int, int, int], bool]] = {
         "SCMP_CMP_MASKED_EQ": lambda found, value, second: found & value == second,
         "SCMP_CMP_GT": lambda found, value, _: found > value,
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from taskyard.sandbox import carrier
-from taskyard.sandbox.carrier import EXIT, GO, OPEN, PIECE, READY, SIGNAL, START, STDIO, Mux, relay
+from taskyard.sandbox.carrier import EXIT, GO, LOST, OPEN, PIECE, READY, SIGNAL, START, STDIO, Mux, relay
 from taskyard.sandbox.provider import (
     STDERR_BYTES,
     Exit,
@@ -227,6 +227,8 @@ class CarriedProcess:
                 reason = "timeout"
             elif code != SIGKILL_STATUS:
                 reason = "exited"
+        elif code == LOST:
+            reason = "killed"  # by a connection that broke: it is not the command's fault
         return Exit(code, self._why or reason, self.stderr_tail())
 
     async def _fill_stdout(self, descriptor: int) -> None:

@@ -37,6 +37,8 @@ MAX_FRAME = 4 * 1024 * 1024
 MAX_CHANNELS = 512
 LINGER_S = 10.0
 """The server has taken note of a command's end within this time."""
+LOST = 125
+"""Exit status of a carrier that has lost the server, or got nonsense from it."""
 LISTENER = ("127.0.0.1", 3128)
 BOOT = "import os\nb=b''\nwhile len(b)<%d:b+=os.read(0,%d-len(b)) or os._exit(125)\nexec(b)"
 """Takes the length of the source, twice."""
@@ -234,7 +236,7 @@ class _Inside:
         await asyncio.wait({work, feeding}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             _kill_all()  # the server is gone, or breaks the rules
-            return 125
+            return LOST
         code = work.result()
         writer.close()
         return code

@@ -56,6 +56,11 @@ class DockerProvider(RemoteProvider):
         return self._place
 
     @property
+    def own_kernel(self) -> bool:
+        """Whether sandboxes do not share the kernel of the engine's host."""
+        return (self.settings.runtime or "").startswith(_OWN_KERNEL)
+
+    @property
     def facts_of_engine(self) -> Facts:
         assert self._facts is not None, "capabilities() comes first"
         return self._facts
@@ -75,7 +80,7 @@ class DockerProvider(RemoteProvider):
             self._facts = facts
         able: set[Capability] = {"disk", "image"}
         able.update(name for name in ("memory", "cpu", "pids") if name in self._facts.limits)
-        if (self.settings.runtime or "").startswith(_OWN_KERNEL):
+        if self.own_kernel:
             able.add("kernel")
         return frozenset(able)
 

@@ -131,10 +131,10 @@ def _user(found: dict[str, Any]) -> Problem:
 
 
 def _limits(provider: DockerProvider, found: dict[str, Any]) -> Problem:
-    """A runtime with a kernel of its own shows no control groups; then there is the engine's word only."""
+    """A kernel of its own shows no control groups, or ones that it makes up; then there is the engine's word only."""
     name = "sandbox limits"
     missing = sorted({"memory", "cpu", "pids"} - provider.facts_of_engine.limits)
-    memory, pids, cpu = found["memory"], found["pids"], found["cpu"]
+    memory, pids, cpu = (None if provider.own_kernel else found[key] for key in ("memory", "pids", "cpu"))
     if memory is not None and int(memory if memory.isdigit() else 2**63) > _LIMITS.memory_mb * 2**20:
         missing.append("memory")
     if pids is not None and pids != str(_LIMITS.pids):
