@@ -19,6 +19,7 @@ from taskyard.settings import ModelSettings, NetworkSettings, RateLimitSettings,
 from tests.conftest import make_settings
 from tests.support import attacks
 from tests.support.attacks import HELD
+from tests.support.docker import docker_settings
 from tests.support.repositories import make_repository, run_git
 from tests.support.sandboxes import gone, processes_with
 from tests.support.yard import Json, Yard, eventually, of_method, ok, open_yard, updates
@@ -28,11 +29,13 @@ SCRIPTED = {"agent": "scripted"}
 NAP = "86399.125"
 
 
-@pytest.fixture(params=["bubblewrap"])
+@pytest.fixture(params=["bubblewrap", "docker"])
 def sandboxes(request: pytest.FixtureRequest) -> SandboxSettings:
-    return SandboxSettings(
-        provider=request.param, memory_mb=1024, pids=150, cpus=2, tmp_mb=64, disk_mb=256, output_mb=8
-    )
+    found = SandboxSettings()
+    if request.param == "docker":
+        found = docker_settings(request.getfixturevalue("docker_host"))
+    limits = {"memory_mb": 1024, "pids": 150, "cpus": 2, "tmp_mb": 64, "disk_mb": 256, "output_mb": 8}
+    return found.model_copy(update=limits)
 
 
 @pytest.fixture
@@ -44,7 +47,8 @@ async def live(
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Yard]:
     monkeypatch.setenv("SERVER_SECRET", "".join(CANARY))
-    monkeypatch.setattr(disk, "REST_S", 2.0)
+    for name in ("REST_S", "FAR_REST_S"):
+        monkeypatch.setattr(disk, name, 2.0)
     key: Any = "sk-of-the-site"
     settings = make_settings(
         tmp_path / "data",
@@ -137,7 +141,6 @@ async def test_everything_that_a_program_can_try(
         "host_files": [
             str(tmp_path),
             str(live.settings.data_dir),
-            "/root",
             "/etc/passwd-",
             "/var/lib",
             "/proc/kcore",

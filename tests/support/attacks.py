@@ -105,7 +105,7 @@ def sockets(_: dict[str, Any]) -> str:
 
 
 @attack
-def namespaces_mounts_devices(_: dict[str, Any]) -> str:
+def namespaces_mounts_devices(facts: dict[str, Any]) -> str:
     return refused(
         ("unshare", lambda: call(97 if ARM else 272, 0x10000000)),
         ("mount", lambda: call(40 if ARM else 165, 0, 0, 0, 0, 0)),
@@ -117,7 +117,7 @@ def namespaces_mounts_devices(_: dict[str, Any]) -> str:
         ("userfaultfd", lambda: call(282 if ARM else 323, 0)),
         ("setuid", lambda: os.setuid(0)),
         ("type into the terminal", lambda: fcntl.ioctl(0, 0x5412, b"x")),
-        ("root of the first process", lambda: os.listdir("/proc/1/root/root")),
+        ("root of the first process", lambda: os.listdir("/proc/1/root" + facts["host_files"][0])),
     )
 
 

@@ -57,6 +57,11 @@ def spec_of(settings: Settings, name: str, environment: Row | None) -> Spec:
     )
 
 
+def _kind(settings: Settings, environment: Row) -> str:
+    """What a sandbox of an environment is made by, and of."""
+    return f"{settings.sandbox.provider} {settings.sandbox.docker.image} {environment['image'] or ''}"
+
+
 class PreparingRun(ConversingRun):
     _was_set_up = False
     """Everything before the agent was done in this sandbox."""
@@ -224,7 +229,9 @@ class PreparingRun(ConversingRun):
         What it does outside of the workspace stays with the sandbox only.
         """
         parts, keep_s = self.parts, self._limits.setup_cache_s
-        key = layers.key_of(environment, self._task["repository"], work.workspace, parts.provider.name)
+        key = layers.key_of(
+            environment, self._task["repository"], work.workspace, _kind(parts.settings, environment)
+        )
         if keep_s:
             try:
                 age = await layers.bring(parts.settings.data_dir, key, sandbox, keep_s)
