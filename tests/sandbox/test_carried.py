@@ -12,7 +12,7 @@ import pytest
 from taskyard.sandbox import carried
 from taskyard.sandbox.bubblewrap import BubblewrapSandbox
 from taskyard.sandbox.carried import CarriedProcess, Order
-from taskyard.sandbox.carrier import DATA, HEADER, MAX_FRAME, OPEN, READY, STDIO, WINDOW, Mux
+from taskyard.sandbox.carrier import DATA, EXIT, HEADER, MAX_FRAME, OPEN, READY, STDIO, WINDOW, Mux
 from taskyard.sandbox.provider import Process, Reason, SandboxError
 from tests.support.served import FETCH, Served
 
@@ -198,7 +198,10 @@ HOSTILE = {
     "huge frame": HEADER.pack(DATA, STDIO, MAX_FRAME + 1),
     "more than the window": HEADER.pack(DATA, STDIO, WINDOW + 1),
     "one channel twice": HEADER.pack(OPEN, 7, 0) * 2,
-    "an end that is none": HEADER.pack(4, 0, 2) + b"[]",
+    "an end that is none": HEADER.pack(EXIT, 0, 2) + b"[]",
+    "an end without an end": HEADER.pack(EXIT, 0, 100_000) + b"[" * 100_000,
+    "an end with a long story": HEADER.pack(EXIT, 0, 30) + b'{"code": "a", "timeout": true}',
+    "a status that cannot be": HEADER.pack(EXIT, 0, 31) + b'{"code": 99999,"timeout":false}',
 }
 
 

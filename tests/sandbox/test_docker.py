@@ -385,8 +385,9 @@ async def test_a_removal_that_failed_is_done_by_the_next(
     assert (await provider.list(), await provider.engine_has()) == ([], set())
 
 
-async def test_many_commands_at_once(sandbox: DockerSandbox) -> None:
-    """More than the engine's client would connect for by itself would only wait; here all must be there at once."""
+async def test_many_commands_at_once(provider: DockerProvider, sandbox: DockerSandbox) -> None:
+    """Each holds a connection, and the client's usual hundred would be the end of a large worker."""
+    assert provider.engine.client.connector.limit == 0
     processes = await asyncio.gather(*(sandbox.exec(["cat"], stdin=True) for _ in range(6)))
     for process in processes:
         assert process.stdin is not None

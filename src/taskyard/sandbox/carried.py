@@ -29,6 +29,7 @@ SOURCE = Path(carrier.__file__).read_bytes()
 COMMAND = ("python3", "-I", "-S", "-c", carrier.BOOT % (len(SOURCE), len(SOURCE)))
 """What a sandbox runs to carry a command; standard input first takes SOURCE."""
 START_S = 60.0
+MAX_STATUS = 255
 SIGKILL_STATUS = 128 + 9
 
 
@@ -64,6 +65,17 @@ class _Exit:
 
     code: int
     timeout: bool
+
+
+def _exit_of(data: bytes) -> _Exit:
+    """Raises ValueError: anybody in the sandbox may have written it."""
+    try:
+        found = _Exit(**json.loads(data))
+    except (TypeError, RecursionError):
+        raise ValueError("an end that is none") from None
+    if type(found.code) is not int or not 0 <= found.code <= MAX_STATUS:
+        raise ValueError("an exit status that cannot be")
+    return found
 
 
 class CarriedProcess:
@@ -171,7 +183,7 @@ class CarriedProcess:
         if kind == READY:
             self._ready.set()
         elif kind == EXIT:
-            self._exit = _Exit(**json.loads(data))
+            self._exit = _exit_of(data)
             self._keep(self._hear())
         elif kind == OPEN:
             if not self._gateway:
@@ -205,7 +217,7 @@ class CarriedProcess:
                     self._mux.feed(data)
                 else:
                     self._tail.add(data)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             self._tail.add(f"what carries the streams of the sandbox broke the rules: {error}".encode())
             await self._wire.kill()
         except OSError as error:

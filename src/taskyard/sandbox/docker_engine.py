@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -184,12 +185,22 @@ def _client(host: str) -> aiodocker.Docker:
             url = "unix://localhost"
         case "tcp" | "http" | "https":
             secure = scheme == "https" or bool(os.environ.get("DOCKER_TLS_VERIFY"))
-            connector = aiohttp.TCPConnector(ssl=_tls() if secure else True, limit=0)
+            connector = aiohttp.TCPConnector(ssl=_tls() if secure else True, limit=0, socket_factory=_socket)
             url = f"{'https' if secure else 'http'}://{rest}"
         case _:
             raise ValueError("a host begins with unix://, tcp:// or https://")
     session = aiohttp.ClientSession(connector=connector)
     return aiodocker.Docker(url=url, connector=connector, session=session)
+
+
+def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """One that notices within two minutes that the other host is gone: a stream may be silent for hours."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+        made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
 
 
 def _tls() -> ssl.SSLContext:

@@ -17,7 +17,9 @@ log = structlog.get_logger()
 
 EXIT_S = 10.0
 """A container ends within this time after its output has, and its output after its removal."""
-KILL_TRIES = 5
+KILL_S = 30.0
+"""How long an engine that does not answer is asked to remove a container."""
+PAUSE_S = 1.0
 SIGKILL_STATUS = 128 + 9
 
 
@@ -66,7 +68,7 @@ class ContainerWire:
             raise BrokenPipeError("the container has ended") from error
 
     async def kill(self) -> None:
-        """See carried.Wire. An engine that does not answer is tried a few times; then the sweep has it."""
+        """See carried.Wire. What an engine does not remove in KILL_S is the sweep's."""
         if self._killing is None:
             self._killing = asyncio.create_task(self._remove(), name="kill container")
         await asyncio.shield(self._killing)
@@ -86,17 +88,15 @@ class ContainerWire:
         return code, "oom" if oom else "killed"
 
     async def _remove(self) -> None:
-        for left in reversed(range(KILL_TRIES)):
-            try:
-                await self._engine.remove_container(self._container.id)
-                break
-            except EngineError as error:
-                if left == 0:
-                    log.warning(
-                        "cannot remove a container", container=self._container.id, reason=error.detail
-                    )
-                else:
-                    await asyncio.sleep(1.0)
+        try:
+            async with asyncio.timeout(KILL_S):
+                while True:
+                    with suppress(EngineError):
+                        await self._engine.remove_container(self._container.id)
+                        break
+                    await asyncio.sleep(PAUSE_S)
+        except TimeoutError:
+            log.warning("cannot remove a container, leaving it to the sweep", container=self._container.id)
         if self._reading is not None and not self._over.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(EXIT_S):
