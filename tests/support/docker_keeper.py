@@ -99,13 +99,14 @@ def bring_image(folder: Path) -> None:
 
 def stop(folder: Path) -> None:
     """End all containers, then the engine, and remove all that it had."""
-    if not running(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    with client(folder) as http:
-        for container in http.get("/containers/json", params={"all": "true"}).json():
-            http.delete(f"/containers/{container['Id']}", params={"force": "true", "v": "true"})
-    end_engine(folder)
+    if running(folder):
+        with client(folder) as http:
+            for container in http.get("/containers/json", params={"all": "true"}).json():
+                http.delete(f"/containers/{container['Id']}", params={"force": "true", "v": "true"})
+        end_engine(folder)
+    # An engine that was started again does not undo the mount that the one before it made.
+    while (folder / "root").is_mount():
+        subprocess.run(["umount", str(folder / "root")], check=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
