@@ -24,4 +24,4 @@ def test_every_promise_has_its_test() -> None:
     for path, name in named:
         file = ROOT / path
         assert file.exists(), path
-        assert re.search(rf"^(async )?def {name}\(", file.read_text(), re.MULTILINE), f"{path}::{name}"
+        assert re.search(rf"^\s*(async )?def {name}\(", file.read_text(), re.MULTILINE), f"{path}::{name}"

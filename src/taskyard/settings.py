@@ -96,10 +96,33 @@ class DockerSettings(Area):
     host is a Unix socket. An engine behind such a socket may see other files, as when the server is in a container."""
 
 
+class KubernetesSettings(Area):
+    """Sandboxes as pods of a cluster (`docs/kubernetes.md`)."""
+
+    namespace: str = Field("taskyard-sandboxes", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    """Where the pods are made."""
+    image: str = "taskyard-agent"
+    """What they are made of, unless a run asks for another image."""
+    image_pull_secret: str | None = None
+    """The name of a Secret of the namespace with which the image is fetched."""
+    kubeconfig: Path | None = None
+    """Default: the service account of the pod that the worker is in, else `~/.kube/config`."""
+    context: str | None = None
+    """Of the kubeconfig; default: its current one."""
+    runtime_class: str | None = None
+    """A RuntimeClass that gives pods a kernel of their own (gVisor, Kata)."""
+    user_namespaces: bool = True
+    """Pods get user namespaces of their own (`hostUsers: false`). Off only for clusters that cannot do that."""
+    node_selector: dict[str, str] = {}
+    """Labels of the nodes that take the pods."""
+    start_s: float = Field(300, gt=0)
+    """How long a pod may take to be ready: for a place on a node, and for its image to be fetched."""
+
+
 class SandboxSettings(Area):
     """Limits of one sandbox."""
 
-    provider: Literal["bubblewrap", "docker"] = "bubblewrap"
+    provider: Literal["bubblewrap", "docker", "kubernetes"] = "bubblewrap"
     docker: DockerSettings = DockerSettings()
     uid_range: str = "230000-295535"
     """Host uids for sandboxes, one per run, `first-last`; used only when the server runs as root."""
@@ -112,6 +135,7 @@ class SandboxSettings(Area):
     """What a run may keep in its workspace and home; each file counts 4 kB besides its content. 0: anything."""
     output_mb: int = Field(1024, ge=0)
     """What an agent, or a set-up script, may write to its standard output and error in all. 0: anything."""
+    kubernetes: KubernetesSettings = KubernetesSettings()
     require: list[Capability] = []
     """What sandboxes must have: runs fail on a worker that cannot give it, instead of going without."""
 

@@ -194,6 +194,27 @@ async def test_a_sandbox_without_python_says_so(sandbox: BubblewrapSandbox) -> N
         )
 
 
+async def test_a_start_that_is_given_up_at_once_leaves_no_carrier(
+    sandbox: BubblewrapSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cancelled(*, stdin: bool) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(carried, "connect", cancelled)
+    process = await sandbox.exec(carried.COMMAND, stdin=True)
+    with pytest.raises(asyncio.CancelledError):
+        await carried.start(
+            PipeWire(process),
+            Order(["true"], ENV, "/"),
+            stdin=False,
+            on_listener=None,
+            scratch=sandbox.scratch,
+            max_output=None,
+        )
+    async with asyncio.timeout(60):
+        assert (await process.wait()).reason == "killed"
+
+
 HOSTILE = {
     "huge frame": HEADER.pack(DATA, STDIO, MAX_FRAME + 1),
     "more than the window": HEADER.pack(DATA, STDIO, WINDOW + 1),

@@ -17,7 +17,7 @@ from taskyard.sandbox.provider import Exit, Limits, ListenerHandler, Mount, Proc
 from taskyard.settings import Settings
 from tests.support.docker import docker_settings
 
-KINDS = ("bubblewrap", "docker")
+KINDS = ("bubblewrap", "docker", "kubernetes")
 """The providers that the contract is tried on."""
 
 LIMITS = Limits(cpus=1, memory_mb=512, pids=128, tmp_mb=64)
@@ -37,6 +37,9 @@ class Done:
 
 class AnyHut:
     """A provider, and the sandboxes that a test makes with it."""
+
+    limits_memory = True
+    """False where a stand-in of an engine does not do what its provider relies on."""
 
     def __init__(self, folder: Path, provider: Provider) -> None:
         self.folder = folder
@@ -89,6 +92,12 @@ async def open_hut(kind: str, folder: Path, request: pytest.FixtureRequest) -> A
             hut = Hut(folder)
         case "docker":
             hut = docker_hut(folder, request.getfixturevalue("docker_host"))
+        case "kubernetes":
+            from tests.support.kube_hut import open_kube_hut
+
+            async with open_kube_hut(folder) as hut:
+                yield hut
+            return
         case _:
             raise ValueError(kind)
     try:

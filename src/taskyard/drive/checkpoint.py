@@ -29,7 +29,7 @@ from taskyard.objects.interface import ObjectStore, StorageError
 from taskyard.runs import resume
 from taskyard.runs.resume import Checkpoint
 from taskyard.runs.store import Lease
-from taskyard.sandbox.provider import Sandbox, SandboxError
+from taskyard.sandbox.provider import LostError, Sandbox, SandboxError
 
 log = structlog.get_logger()
 Json = dict[str, Any]
@@ -65,7 +65,7 @@ class Keeper:
             except LeaseLostError:
                 raise
             except (SnapshotError, StorageError, SandboxError, OSError, *AWAY) as error:
-                self.hopeless = isinstance(error, SnapshotError)
+                self.hopeless = isinstance(error, (SnapshotError, LostError))
                 reason = error.detail if isinstance(error, TaskyardError) else str(error)
                 log.warning("no checkpoint of a run", run=str(self._lease.run_id), reason=reason)
                 return False

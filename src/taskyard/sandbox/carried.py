@@ -281,7 +281,11 @@ async def start(
 
     scratch: a folder for the gateway's socket. Raises SandboxError, KilledError; then the carrier is gone.
     """
-    streams, theirs = await connect(stdin=stdin)
+    try:
+        streams, theirs = await connect(stdin=stdin)
+    except BaseException:
+        await asyncio.shield(_give_up(wire))
+        raise
     process = CarriedProcess(wire, streams, theirs, max_output)
     try:
         await process.begin(order, on_listener, scratch)
@@ -289,3 +293,8 @@ async def start(
         await asyncio.shield(process.kill())
         raise
     return process
+
+
+async def _give_up(wire: Wire) -> None:
+    await wire.kill()
+    await wire.end()

@@ -43,10 +43,14 @@ class Watched(Sandbox, Protocol):
 
 
 class DiskWatch:
-    """Watches the sandboxes of one provider. folder: where they are; None when that is on another host."""
+    """Watches the sandboxes of one provider. folder: where they are; None when that is on another host.
 
-    def __init__(self, folder: Path | None) -> None:
+    rest_s: measured again after this time in any case; default REST_S, or FAR_REST_S.
+    """
+
+    def __init__(self, folder: Path | None, rest_s: float | None = None) -> None:
         self._folder = folder
+        self._rest_s = rest_s or (REST_S if folder is not None else FAR_REST_S)
         self._watched: dict[Watched, int] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -75,9 +79,8 @@ class DiskWatch:
             free = self._free()
             lost = most - free
             most = max(most, free)
-            rest = REST_S if self._folder is not None else FAR_REST_S
             step = min(self._watched.values(), default=0) * 2**20 / SHARE
-            if lost > step or loop.time() - measured_at > rest:
+            if lost > step or loop.time() - measured_at > self._rest_s:
                 for sandbox, limit_mb in list(self._watched.items()):
                     await self._look_at(sandbox, limit_mb)
                 most, measured_at = self._free(), loop.time()

@@ -45,6 +45,10 @@ class KilledError(SandboxError):
     """A program in the sandbox was killed from outside, not by its caller: doing it again may well succeed."""
 
 
+class LostError(SandboxError):
+    """The sandbox itself is gone: nothing more can be done in it, and nothing of it can be kept."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one sandbox may use, all its programs together."""

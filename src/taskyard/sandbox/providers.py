@@ -17,3 +17,7 @@ def provider_for(settings: Settings) -> Provider:
             from taskyard.sandbox.docker import DockerProvider
 
             return DockerProvider(settings)
+        case "kubernetes":
+            from taskyard.sandbox.kubernetes import KubernetesProvider
+
+            return KubernetesProvider(settings)
