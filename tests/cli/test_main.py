@@ -22,6 +22,7 @@ COMMANDS = (
     "config",
     "agents",
     "admin",
+    "sandbox",
 )
 
 
