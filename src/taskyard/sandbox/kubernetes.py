@@ -15,14 +15,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
 
 import structlog
 
 from taskyard.errors import SetupError
-from taskyard.sandbox import carried, carrier, pods
+from taskyard.sandbox import carried, carrier, pod_state, pods
 from taskyard.sandbox.carried import CarriedProcess, Wire
 from taskyard.sandbox.cluster import Cluster, RefusedError
 from taskyard.sandbox.disk import DiskWatch
@@ -63,10 +62,6 @@ ENDED_S = 600.0
 
 _BOOT = ("python3", "-I", "-S", "-c", carrier.BOOT % (len(pods.INSIDE), len(pods.INSIDE)))
 """Runs pod_inside.py, which comes first on standard input."""
-_HOPELESS = frozenset({
-    "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError",
-    "CreateContainerError", "RunContainerError",
-})  # fmt: skip
 
 
 class EvictedError(LostError, KilledError):
@@ -133,16 +128,19 @@ class KubernetesProvider(RemoteProvider):
 
     async def engine_has(self) -> set[str]:
         ours = pods.OURS | {pods.PLACE: pods.label(self.place)}
-        return {_id_of(pod) for pod in await self.cluster.list(pods.selector(ours))}
+        return {pod_state.id_of(pod) for pod in await self.cluster.list(pods.selector(ours))}
 
     async def sweep(self, kept: Kept) -> Swept:
         """See provider.Provider. Also pods of others that have ended: their worker may never come back for them."""
         swept = await super().sweep(kept)
         try:
             for pod in await self.cluster.list(pods.selector(pods.OURS)):
-                if _ended_s(pod) > ENDED_S and pod["metadata"]["labels"].get(pods.PLACE) != self.place:
+                if (
+                    pod_state.ended_s(pod) > ENDED_S
+                    and pod["metadata"]["labels"].get(pods.PLACE) != self.place
+                ):
                     await self.cluster.delete(pod["metadata"]["name"], pod["metadata"]["uid"], 0)
-                    swept.sandboxes.append(_id_of(pod))
+                    swept.sandboxes.append(pod_state.id_of(pod))
         except (SandboxError, SetupError) as error:
             log.warning("cannot look for pods that have ended", reason=error.detail)
         return swept
@@ -159,7 +157,7 @@ class KubernetesProvider(RemoteProvider):
         for grace_s in (GRACE_S, 0):
             # A pod that is forced is forgotten before it has ended; so first with the word of its node.
             await self.cluster.delete(name, uid, grace_s)
-            gone, _ = await self.cluster.until(name, lambda seen: _is_gone(seen, uid), GONE_S)
+            gone, _ = await self.cluster.until(name, lambda seen: pod_state.is_gone(seen, uid), GONE_S)
             if gone:
                 return
         raise SandboxError(f"the pod {name} cannot be removed: the cluster still has it")
@@ -203,9 +201,9 @@ class KubernetesSandbox(RemoteSandbox):
             settings,
         )
         await self._create(manifest, made)
-        ready, pod = await self._cluster.until(self._name, _ready, settings.start_s)
+        ready, pod = await self._cluster.until(self._name, pod_state.ready, settings.start_s)
         if not ready or pod is None:
-            why = "it was removed" if pod is None else _why_not(pod)
+            why = "it was removed" if pod is None else pod_state.why_not(pod)
             raise SandboxError(f"the pod {self._name} is not ready after {settings.start_s:g} seconds: {why}")
         self.pod = pod["metadata"]["uid"]
 
@@ -225,7 +223,7 @@ class KubernetesSandbox(RemoteSandbox):
     async def take_over(self) -> None:
         pod = await self._cluster.get(self._name)
         made = None if pod is None else pod["metadata"].get("annotations", {}).get(pods.MADE)
-        if pod is None or made != self.hold.facts.get("made") or not _is_running(pod):
+        if pod is None or made != self.hold.facts.get("made") or not pod_state.is_running(pod):
             self.hold.limits = None
             return
         account = await self._end_in_pod(None)
@@ -366,7 +364,7 @@ class KubernetesSandbox(RemoteSandbox):
         uid = self.pod
         fate: Reason | None
         try:
-            fate, _ = await self._cluster.until(self._name, lambda pod: _fate(pod, uid), FATE_S)
+            fate, _ = await self._cluster.until(self._name, lambda pod: pod_state.fate(pod, uid), FATE_S)
             if fate is None:
                 log.warning(
                     "removing a pod in which a command cannot be ended", pod=self._name, why=str(error)
@@ -412,77 +410,4 @@ class KubernetesSandbox(RemoteSandbox):
 
 
 async def _nothing() -> Reason:
-    return "killed"
-
-
-def _id_of(pod: Json) -> str:
-    found = pod["metadata"].get("annotations", {}).get(pods.ID)
-    return str(found or pod["metadata"]["labels"][pods.SANDBOX])
-
-
-def _ended_s(pod: Json) -> float:
-    """Seconds since its end, or less where nobody says when that was; negative while it lives."""
-    status = pod.get("status", {})
-    if status.get("phase") not in ("Failed", "Succeeded"):
-        return -1.0
-    containers = status.get("containerStatuses", [])
-    ends = [entry.get("state", {}).get("terminated", {}).get("finishedAt") for entry in containers]
-    if known := [end for end in ends if end]:
-        end = datetime.fromisoformat(max(known))
-    else:
-        end = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
-        end += timedelta(seconds=pod["spec"].get("activeDeadlineSeconds", 0))
-    return (datetime.now(UTC) - end).total_seconds()
-
-
-def _is_gone(pod: Json | None, uid: str) -> bool | None:
-    return True if pod is None or pod["metadata"]["uid"] != uid else None
-
-
-def _is_running(pod: Json) -> bool:
-    return pod.get("status", {}).get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
-
-
-def _ready(pod: Json | None) -> bool | None:
-    """True when commands can be started. Raises SandboxError when that will not happen."""
-    if pod is None:
-        return None
-    status = pod.get("status", {})
-    if status.get("phase") in ("Failed", "Succeeded") or "deletionTimestamp" in pod["metadata"]:
-        raise SandboxError(f"the pod {pod['metadata']['name']} does not start: {_why_not(pod)}")
-    for container in status.get("containerStatuses", []):
-        if container.get("state", {}).get("waiting", {}).get("reason") in _HOPELESS:
-            raise SandboxError(f"the pod {pod['metadata']['name']} does not start: {_why_not(pod)}")
-    conditions = {entry["type"]: entry["status"] for entry in status.get("conditions", [])}
-    return True if status.get("phase") == "Running" and conditions.get("Ready") == "True" else None
-
-
-def _why_not(pod: Json) -> str:
-    """Why a pod is not ready, as far as the cluster says."""
-    status = pod.get("status", {})
-    said = [status.get("reason"), status.get("message")]
-    for container in status.get("containerStatuses", []):
-        for state in container.get("state", {}).values():
-            said += [state.get("reason"), state.get("message")]
-    for condition in status.get("conditions", []):
-        if condition["status"] != "True":
-            said += [condition.get("reason"), condition.get("message")]
-    return ", ".join(dict.fromkeys(str(word) for word in said if word)) or f"it is {status.get('phase')}"
-
-
-def _fate(pod: Json | None, uid: str | None) -> Reason | None:
-    """What ended a pod; None while it lives."""
-    if pod is None or pod["metadata"]["uid"] != uid:
-        return "killed"
-    status = pod.get("status", {})
-    if status.get("phase") not in ("Failed", "Succeeded"):
-        return None
-    for container in status.get("containerStatuses", []):
-        if container.get("state", {}).get("terminated", {}).get("reason") == "OOMKilled":
-            return "oom"
-    if status.get("reason") == "DeadlineExceeded":
-        return "timeout"
-    message = str(status.get("message", "")).lower()
-    if status.get("reason") == "Evicted" and ("ephemeral" in message or "emptydir" in message):
-        return "disk"
     return "killed"
