@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import hashlib
 import ipaddress
 import re
@@ -11,20 +10,20 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from taskyard.gateway import addresses, egress
 from taskyard.gateway.connection import MAX_LOOKUPS
 from taskyard.gateway.hosts import HostRules
 from taskyard.gateway.policy import Network
+from taskyard.gateway.upstream import Upstream, UpstreamRequest, UpstreamResponse
 from tests.gateway.test_client_hello import client_hello
+from tests.support.certificates import make_certificate
 from tests.support.door import Door, Exchange, eventually, open_door, open_upstream
 
 NAMES = ["allowed.test", "sub.allowed.test", "other.test"]
@@ -287,28 +286,7 @@ async def test_names_are_looked_up_a_few_at_a_time(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in NAMES]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    file = tmp_path_factory.mktemp("tls") / "server.pem"
-    file.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        + made.public_bytes(serialization.Encoding.PEM)
-    )
-    return file
+    return make_certificate(tmp_path_factory.mktemp("tls") / "server.pem", NAMES)
 
 
 @asynccontextmanager
@@ -473,14 +451,14 @@ async def test_a_tunnel_to_port_80_takes_nothing_else(first: bytes) -> None:
 
 def lead_port_80_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """Requests for port 80 go to the server of the test."""
-    asked = httpx.AsyncHTTPTransport.handle_async_request
+    asked = Upstream.send
 
-    async def lead(self: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
-        if request.url.port is None:
-            request.url = request.url.copy_with(port=int(url.rpartition(":")[2]))
+    async def lead(self: Upstream, request: UpstreamRequest) -> UpstreamResponse:
+        if request.origin.port == 80:
+            request = replace(request, origin=replace(request.origin, port=int(url.rpartition(":")[2])))
         return await asked(self, request)
 
-    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", lead)
+    monkeypatch.setattr(Upstream, "send", lead)
 
 
 @pytest.mark.parametrize("what", ["body", "heads"])

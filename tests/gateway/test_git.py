@@ -399,6 +399,14 @@ async def test_answers_that_are_no_git() -> None:
     ]
 
 
+async def test_an_address_that_names_no_host() -> None:
+    repository = GitRepository("acme/shop", "https://a..b/acme/shop.git", (), token)
+    async with open_door(git=[repository]) as door:
+        answer = await raw(door, "GET /git/acme/shop/info/refs?service=git-upload-pack")
+    assert (answer.status_code, len(door.refusals)) == (502, 1)
+    assert "names no host" in answer.text
+
+
 async def test_a_server_that_is_away() -> None:
     repository = GitRepository("acme/shop", "http://127.0.0.1:9/acme/shop.git", (), token)
     async with open_door(git=[repository]) as door:

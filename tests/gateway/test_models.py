@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 
-import httpx
 import pytest
 
 from taskyard.errors import SetupError
@@ -19,6 +18,7 @@ from taskyard.gateway.models import (
     error_body,
     upstream_request,
 )
+from taskyard.gateway.origins import Origin
 from taskyard.gateway.policy import Policy, shown_target
 from tests.support.door import KEY
 
@@ -130,19 +130,21 @@ def test_headers_up() -> None:
         yield b"abc"
 
     request = upstream_request(admitted("POST", "/anthropic/v1/messages"), "POST", inside, body())
-    assert request.headers.multi_items() == [
-        ("host", "a.example"),
-        ("anthropic-version", "2023-06-01"),
-        ("anthropic-beta", "one"),
-        ("anthropic-beta", "two"),
-        ("content-type", "application/json"),
-        ("content-length", "3"),
-        ("accept-encoding", "identity"),
-        ("x-api-key", KEY),
+    assert request.head().split(b"\r\n")[1:] == [
+        b"host: a.example",
+        b"anthropic-version: 2023-06-01",
+        b"anthropic-beta: one",
+        b"anthropic-beta: two",
+        b"content-type: application/json",
+        b"accept-encoding: identity",
+        b"x-api-key: " + KEY.encode(),
+        b"content-length: 3",
+        b"",
+        b"",
     ]
     request = upstream_request(admitted("POST", "/openai/v1/responses"), "POST", inside, body())
-    assert request.headers["authorization"] == f"Bearer {KEY}"
-    assert "x-api-key" not in request.headers
+    assert f"\r\nauthorization: Bearer {KEY}\r\n".encode() in request.head()
+    assert b"x-api-key" not in request.head()
 
 
 def test_a_chunked_body_goes_chunked_whatever_length_is_claimed() -> None:
@@ -151,8 +153,8 @@ def test_a_chunked_body_goes_chunked_whatever_length_is_claimed() -> None:
 
     inside = [(b"transfer-encoding", b"chunked"), (b"content-length", b"1")]
     request = upstream_request(admitted("POST", "/openai/v1/responses"), "POST", inside, body())
-    assert request.headers["transfer-encoding"] == "chunked"
-    assert "content-length" not in request.headers
+    assert b"\r\ntransfer-encoding: chunked\r\n" in request.head()
+    assert b"content-length" not in request.head()
 
 
 def test_headers_down() -> None:
@@ -248,5 +250,5 @@ def test_shown_target(target: str, shown: str) -> None:
 
 def test_the_target_goes_out_as_it_came() -> None:
     request = upstream_request(admitted("GET", "/openai/v1/models?q=%7e'\"|"), "GET", [], None)
-    assert request.extensions["target"] == b"/corp/v1/models?q=%7e'\"|"
-    assert request.url == httpx.URL("https://o.example/corp/")
+    assert request.target == b"/corp/v1/models?q=%7e'\"|"
+    assert request.origin == Origin("https", "o.example", 443)

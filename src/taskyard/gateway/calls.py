@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import AsyncIterator, Callable
 
 import h11
-import httpx
 import msgspec
 
 from taskyard.gateway.exchange import Answer, Exchange, RefusedError, pieces
@@ -23,6 +22,7 @@ from taskyard.gateway.models import (
 )
 from taskyard.gateway.policy import Policy
 from taskyard.gateway.prices import MAX_MODEL_NAME, Tokens
+from taskyard.gateway.upstream import UpstreamRequest, UpstreamResponse
 from taskyard.gateway.usage import Meter, ModelCall
 
 MAX_BODY = 64 * 1024 * 1024
@@ -55,7 +55,7 @@ class CallExchange(Exchange):
         self._streams = False
         self._before = b""
 
-    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> UpstreamRequest | Answer:
         method = head.method.decode("ascii")
         if not self._admitted.costs or not self._model_matters:
             return upstream_request(
@@ -95,14 +95,14 @@ class CallExchange(Exchange):
             raise RefusedError(refused)
         return model, body
 
-    def head(self, answer: httpx.Response) -> list[Header] | Answer:
+    def head(self, answer: UpstreamResponse) -> list[Header] | Answer:
         secrets = self._admitted.secrets
-        kind = answer.headers.get("content-type", "")
+        kind = answer.header(b"content-type")
         self._meter = Meter(kind)
         self._streams = kind.lower().startswith("text/event-stream")
         # An error may quote the key that it did not like.
-        self._mask = KeyMask(*(secrets if answer.status_code >= 400 else ()))
-        headers = answer_headers(answer.headers.raw, *secrets)
+        self._mask = KeyMask(*(secrets if answer.status >= 400 else ()))
+        headers = answer_headers(answer.headers, *secrets)
         if self._streams:  # it may end early
             headers = [(name, value) for name, value in headers if name != b"content-length"]
         return headers

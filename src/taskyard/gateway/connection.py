@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, field
 
 import h11
-import httpx
 import structlog
 
 from taskyard.gateway import egress, git, mcp
+from taskyard.gateway.batch import Batch
 from taskyard.gateway.calls import CLIENT_GONE, CallExchange, check_budget, refusal_body
 from taskyard.gateway.egress import Destination, PlainExchange, Traffic
 from taskyard.gateway.exchange import Answer, Exchange, RefusedError, has_body, length
 from taskyard.gateway.models import Refused, admit, provider_of
 from taskyard.gateway.policy import Policy, Refusal, shown_target
+from taskyard.gateway.upstream import Upstream, UpstreamResponse
 from taskyard.gateway.usage import ModelCall
+from taskyard.gateway.wire import UpstreamError
 
 MAX_HEAD = 64 * 1024
 IDLE_S = 300
@@ -36,7 +38,7 @@ class Side:
     """What the connections of one run share."""
 
     policy: Policy
-    upstream: httpx.AsyncBaseTransport
+    upstream: Upstream
     traffic: Traffic
     on_refusal: Callable[[Refusal], None]
     on_call: Callable[[ModelCall], None]
@@ -258,13 +260,13 @@ class Connection:
                     self._tell(answer.refused, method, target)
                 await self._answer(method, answer, self._farewell())
                 return
-            async with aclosing(answer):
+            with closing(answer):
                 headers = exchange.head(answer)
                 if isinstance(headers, Answer):
                     status = headers.status
                     await self._answer(method, headers, self._farewell())
                     return
-                status = answer.status_code
+                status = answer.status
                 complete = await self._relay(answer, headers, exchange)
         except RefusedError as error:
             status = error.refused.status
@@ -272,7 +274,7 @@ class Connection:
         finally:
             exchange.ended(status, complete=complete, seconds=time.monotonic() - started)
 
-    async def _ask(self, head: h11.Request, exchange: Exchange) -> httpx.Response | Answer:
+    async def _ask(self, head: h11.Request, exchange: Exchange) -> UpstreamResponse | Answer:
         """Send the request on; an answer of our own when it is not sent, or the other side failed."""
         async with aclosing(self._body(exchange.max_body)) as body:
             if not has_body(head):
@@ -282,8 +284,8 @@ class Connection:
             if isinstance(request, Answer):
                 return request
             try:
-                return await self._side.upstream.handle_async_request(request)
-            except httpx.TransportError as error:
+                return await self._side.upstream.send(request)
+            except UpstreamError as error:
                 self._log_failure(exchange, error)
                 what = f"{exchange.name} could not be reached ({type(error).__name__})"
                 return _error(
@@ -315,37 +317,42 @@ class Connection:
                 return
 
     async def _relay(
-        self, answer: httpx.Response, headers: list[tuple[bytes, bytes]], exchange: Exchange
+        self, answer: UpstreamResponse, headers: list[tuple[bytes, bytes]], exchange: Exchange
     ) -> bool:
         """Pass the answer on as it comes; False when it was stopped before its end."""
-        await self._send(h11.Response(status_code=answer.status_code, headers=headers + self._farewell()))
+        batch = Batch(self._writer.transport)
+
+        async def send(event: h11.Event) -> None:
+            batch.write(self._http.send(event) or b"")
+            await self._writer.drain()
+
         try:
-            async for chunk in answer.aiter_raw():
-                self._writer.write(self._http.send(h11.Data(data=exchange.feed(chunk))) or b"")
-                await self._writer.drain()
+            await send(h11.Response(status_code=answer.status, headers=headers + self._farewell()))
+            async for chunk in answer:
+                await send(h11.Data(data=exchange.feed(chunk)))
                 if exchange.stopped:
                     break
-        except httpx.TransportError as error:
+            if rest := exchange.finish():
+                await send(h11.Data(data=rest))
+            await send(h11.EndOfMessage())
+        except UpstreamError as error:
             self._log_failure(exchange, error)
             raise ConnectionAbortedError from None  # without the end of the message: the answer is cut
-        if rest := exchange.finish():
-            await self._send(h11.Data(data=rest))
-        await self._send(h11.EndOfMessage())
+        finally:
+            batch.flush()
         return not exchange.stopped
 
     def _farewell(self) -> list[tuple[bytes, bytes]]:
         """The header that ends the connection when the answer comes before the request was read to its end."""
         return [] if self._http.their_state is h11.DONE else [(b"connection", b"close")]
 
-    def _log_failure(self, exchange: Exchange, error: httpx.TransportError) -> None:
-        # What could not be sent may be quoted in the text, and so a key; connection errors quote nothing.
-        text = "" if isinstance(error, httpx.LocalProtocolError) else str(error)
+    def _log_failure(self, exchange: Exchange, error: UpstreamError) -> None:
         log.warning(
             "gateway_upstream_failed",
             run_id=self._side.policy.run_id,
             upstream=exchange.upstream,
             error=type(error).__name__,
-            detail=exchange.masked(text),
+            detail=exchange.masked(str(error)),
         )
 
 

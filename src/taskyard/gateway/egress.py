@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import h11
-import httpx
 
 from taskyard.gateway import addresses
 from taskyard.gateway.addresses import RefusedAddressError, UnreachableError
@@ -17,13 +16,15 @@ from taskyard.gateway.exchange import Answer, Exchange
 from taskyard.gateway.headers import NOT_DOWN, NOT_UP, Header, framing, passed
 from taskyard.gateway.hosts import Address, BadHostError, Host, parse_authority, parse_host
 from taskyard.gateway.models import Refused
+from taskyard.gateway.origins import Origin
 from taskyard.gateway.policy import Network
+from taskyard.gateway.upstream import Timeouts, UpstreamRequest, UpstreamResponse
 
 TUNNEL_IDLE_S = 600.0
 """A tunnel without a byte in either direction for this long is closed."""
 HELLO_S = 30.0
 _CHUNK = 256 * 1024
-_TIMEOUT = httpx.Timeout(connect=addresses.CONNECT_S, read=300, write=60, pool=60)
+_TIMEOUTS = Timeouts(connect=addresses.CONNECT_S, read=300, write=60)
 # Fatal alert "unrecognized_name": what a TLS client shows for it says more than a connection that just ends.
 _ALERT = bytes([21, 3, 3, 0, 2, 2, 112])
 
@@ -222,7 +223,7 @@ class PlainExchange(Exchange):
         self._target = target
         self._traffic = traffic
 
-    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> UpstreamRequest | Answer:
         # Heads carry as much as bodies do, for who wants it.
         self._count(len(self._target) + sum(len(name) + len(value) for name, value in head.headers))
         host, port = self._destination.host.bracketed, self._destination.port
@@ -232,12 +233,13 @@ class PlainExchange(Exchange):
         if body is not None:
             sent += framing(head.headers)
         address = self._destination.addresses[0]
-        return httpx.Request(
-            head.method.decode("ascii"),
-            httpx.URL(scheme="http", host=str(address), port=port),
-            headers=sent,
-            content=None if body is None else self._counted(body),
-            extensions={"target": self._target.encode("ascii"), "timeout": _TIMEOUT.as_dict()},
+        return UpstreamRequest(
+            head.method.decode("ascii").upper(),
+            Origin("http", str(address), port),
+            self._target.encode("ascii"),
+            sent,
+            None if body is None else self._counted(body),
+            _TIMEOUTS,
         )
 
     async def _counted(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -245,8 +247,8 @@ class PlainExchange(Exchange):
             self._count(len(chunk))
             yield chunk
 
-    def head(self, answer: httpx.Response) -> list[Header] | Answer:
-        return passed(answer.headers.raw, NOT_DOWN)
+    def head(self, answer: UpstreamResponse) -> list[Header] | Answer:
+        return passed(answer.headers, NOT_DOWN)
 
     def feed(self, chunk: bytes) -> bytes:
         self._count(len(chunk))

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import h11
-import httpx
 
 from taskyard.gateway.headers import Header
 from taskyard.gateway.models import Refused
+from taskyard.gateway.upstream import UpstreamRequest, UpstreamResponse
 
 
 class RefusedError(Exception):
@@ -46,11 +46,11 @@ class Exchange(ABC):
     """Set by `feed`: the answer ends with what it returned."""
 
     @abstractmethod
-    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> UpstreamRequest | Answer:
         """What goes out. `body` comes as the client sends it; None: there is none. Raises RefusedError."""
 
     @abstractmethod
-    def head(self, answer: httpx.Response) -> list[Header] | Answer:
+    def head(self, answer: UpstreamResponse) -> list[Header] | Answer:
         """The header of the answer as the agent gets it, or another answer in its place."""
 
     def feed(self, chunk: bytes) -> bytes:

@@ -8,19 +8,20 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import h11
-import httpx
 
 from taskyard.errors import TaskyardError
 from taskyard.gateway.exchange import Answer, Exchange, RefusedError, pieces
 from taskyard.gateway.headers import NOT_DOWN, NOT_UP, Header, framing, passed
 from taskyard.gateway.models import Refused
+from taskyard.gateway.origins import parse_base_url
 from taskyard.gateway.pkt_line import BadPushError, PushReader, RefUpdate, report
 from taskyard.gateway.policy import GitRepository
+from taskyard.gateway.upstream import Timeouts, UpstreamRequest, UpstreamResponse
 
 PREFIX = "/git/"
 MAX_PUSH = 1024 * 1024 * 1024
 MAX_NEGOTIATION = 64 * 1024 * 1024
-_TIMEOUT = httpx.Timeout(connect=20, read=900, write=60, pool=60)
+_TIMEOUTS = Timeouts(connect=20, read=900, write=60)
 # Only what the protocol needs: nothing of the agent's may speak to the server in the token's name.
 _SENT = frozenset({b"accept", b"content-type", b"content-encoding", b"git-protocol", b"user-agent"})
 _NOT_DOWN = NOT_DOWN | {b"set-cookie", b"www-authenticate"}
@@ -80,10 +81,10 @@ class GitRedirect(Exchange):
     def __init__(self, elsewhere: Elsewhere) -> None:
         self._location = elsewhere.url
 
-    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> UpstreamRequest | Answer:
         return Answer(302, b"", "text/plain", headers=((b"location", self._location.encode("ascii")),))
 
-    def head(self, answer: httpx.Response) -> list[Header] | Answer:
+    def head(self, answer: UpstreamResponse) -> list[Header] | Answer:
         raise AssertionError("nothing was asked")
 
 
@@ -97,7 +98,7 @@ class GitExchange(Exchange):
         self._asked = asked
         self._secrets: list[str] = []
 
-    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> UpstreamRequest | Answer:
         headers = list(head.headers)
         if self._asked.pushes:
             if any(name == b"content-encoding" for name, _ in headers):
@@ -114,15 +115,13 @@ class GitExchange(Exchange):
             basic = base64.b64encode(f"x-access-token:{token}".encode()).decode("ascii")
             self._secrets = [token, basic]
             sent.append((b"authorization", b"Basic " + basic.encode("ascii")))
-        url = httpx.URL(self._asked.repository.url)
-        target = url.raw_path.rstrip(b"/") + b"/" + self._asked.path.encode("ascii")
-        return httpx.Request(
-            head.method.decode("ascii"),
-            url,
-            headers=sent,
-            content=body,
-            extensions={"target": target, "timeout": _TIMEOUT.as_dict()},
-        )
+        try:
+            url = parse_base_url(self._asked.repository.url)
+        except ValueError:
+            reason = "the address of this repository names no host; register it with another one."
+            raise RefusedError(Refused(502, reason)) from None
+        target = url.path + b"/" + self._asked.path.encode("ascii")
+        return UpstreamRequest(head.method.decode("ascii"), url.origin, target, sent, body, _TIMEOUTS)
 
     async def _token(self) -> str | None:
         credentials = self._asked.repository.credentials
@@ -170,21 +169,21 @@ class GitExchange(Exchange):
                 return "this run may not delete its branch"
         return None
 
-    def head(self, answer: httpx.Response) -> list[Header] | Answer:
-        if answer.status_code == 200:
-            if answer.headers.get("content-type", "").startswith("application/x-git-"):
-                return passed(answer.headers.raw, _NOT_DOWN)
+    def head(self, answer: UpstreamResponse) -> list[Header] | Answer:
+        if answer.status == 200:
+            if answer.header(b"content-type").startswith("application/x-git-"):
+                return passed(answer.headers, _NOT_DOWN)
             return text_answer(502, f"{self._asked.repository.name} is not served by git's smart HTTP.")
         # No word of the server's: it may quote the token, and git would follow a redirect without it.
-        if answer.is_redirect:
+        if 300 <= answer.status < 400:
             said = "has moved: register its new address"
-        elif answer.status_code in (401, 403):
+        elif answer.status in (401, 403):
             said = "does not let this server in: it needs a token that opens it"
-        elif answer.status_code == 404:
+        elif answer.status == 404:
             said = "does not exist, or the token of this server does not open it"
         else:
-            said = f"answered with status {answer.status_code}"
-        status = 502 if answer.status_code >= 500 else 403
+            said = f"answered with status {answer.status}"
+        status = 502 if answer.status >= 500 else 403
         return text_answer(status, f"{self._asked.repository.name} {said}.")
 
     def masked(self, text: str) -> str:

@@ -14,13 +14,13 @@ from dataclasses import replace
 from typing import Any
 
 import h11
-import httpx
 
 from taskyard import __version__
 from taskyard.gateway.exchange import Answer, Exchange, pieces
 from taskyard.gateway.headers import Header
 from taskyard.gateway.models import Refused
 from taskyard.gateway.policy import Tool
+from taskyard.gateway.upstream import UpstreamRequest, UpstreamResponse
 from taskyard.schemas import DECODER
 
 Json = dict[str, Any]
@@ -67,7 +67,7 @@ class McpExchange(Exchange):
         self._tools = {tool.name: tool for tool in tools}
         self._calls = calls
 
-    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> httpx.Request | Answer:
+    async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> UpstreamRequest | Answer:
         headers = {name.lower(): value for name, value in head.headers}
         if b"origin" in headers:
             # A page in a browser that the agent started, whatever site it is of: no agent sends this.
@@ -141,7 +141,7 @@ class McpExchange(Exchange):
         answer = await tool.call(arguments)
         return {"content": [{"type": "text", "text": answer.text}], "isError": answer.failed}
 
-    def head(self, answer: httpx.Response) -> list[Header] | Answer:
+    def head(self, answer: UpstreamResponse) -> list[Header] | Answer:
         raise AssertionError("nothing was asked")
 
 

@@ -14,13 +14,13 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import httpx
-
 from taskyard.errors import SetupError
 from taskyard.gateway.headers import NOT_DOWN, NOT_UP, Header, framing, passed
+from taskyard.gateway.origins import BaseUrl, parse_base_url
+from taskyard.gateway.upstream import Timeouts, UpstreamRequest
 
 # Seconds. A model that answers in one piece may think for minutes before the first byte.
-TIMEOUT = httpx.Timeout(connect=20, read=900, write=60, pool=60)
+TIMEOUTS = Timeouts(connect=20, read=900, write=60)
 
 KEY_VARIABLES = {"anthropic": "ANTHROPIC_API_KEY", "openai": "OPENAI_API_KEY"}
 PROVIDERS = tuple(KEY_VARIABLES)
@@ -77,14 +77,12 @@ class ModelRoute:
 
     def __post_init__(self) -> None:
         try:
-            url = httpx.URL(self.base_url)
-        except httpx.InvalidURL:
-            url = httpx.URL("")
-        if url.scheme not in {"http", "https"} or not url.host or url.userinfo or url.query or url.fragment:
+            parse_base_url(self.base_url)
+        except ValueError:
             raise SetupError(
                 "The base URL of a model API must look like https://host/path, without user, password, query or "
                 "fragment: correct TASKYARD_MODELS__<API>__BASE_URL."
-            )
+            ) from None
         if isinstance(self.api_key, str) and not _is_key(self.api_key):
             raise SetupError(_BAD_KEY)
         for name, value in self.headers.items():
@@ -102,8 +100,8 @@ class ModelRoute:
             )
 
     @functools.cached_property
-    def url(self) -> httpx.URL:
-        return httpx.URL(self.base_url)
+    def url(self) -> BaseUrl:
+        return parse_base_url(self.base_url)
 
     @property
     def secret_headers(self) -> tuple[str, ...]:
@@ -127,11 +125,7 @@ class ModelRoute:
         if path.startswith("/v1/"):
             path = self.version + path.removeprefix("/v1")
         query = "&".join(part for part in (query, self.query) if part)
-        return (
-            self.url.raw_path.rstrip(b"/")
-            + path.encode("ascii")
-            + (b"?" + query.encode("ascii") if mark or query else b"")
-        )
+        return self.url.path + path.encode("ascii") + (b"?" + query.encode("ascii") if mark or query else b"")
 
 
 _BAD_KEY = (
@@ -219,7 +213,7 @@ def _starred(path: str) -> str:
 
 def upstream_request(
     admitted: Admitted, method: str, headers: Iterable[Header], body: AsyncIterator[bytes] | bytes | None
-) -> httpx.Request:
+) -> UpstreamRequest:
     """The request that goes out: hop-by-hop fields and credentials dropped, the key added.
 
     `body` None: the request has none. A length that the client gave is kept, else the body goes chunked.
@@ -237,13 +231,8 @@ def upstream_request(
                 sent.append((b"authorization", b"Bearer " + key))
             case "x-api-key" | "api-key" as name:
                 sent.append((name.encode("ascii"), key))
-    return httpx.Request(
-        method,
-        route.url,
-        headers=sent + list(own.items()),
-        content=body,
-        extensions={"target": admitted.target, "timeout": TIMEOUT.as_dict()},
-    )
+    sent += own.items()
+    return UpstreamRequest(method, route.url.origin, admitted.target, sent, body, TIMEOUTS)
 
 
 def answer_headers(headers: Iterable[Header], *secrets: str) -> list[Header]:

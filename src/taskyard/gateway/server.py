@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import socket
 import ssl
 import traceback
 from collections.abc import Awaitable, Callable
 
-import httpx
+import certifi
 import structlog
 
 from taskyard.gateway.budget import Budget
@@ -17,6 +18,7 @@ from taskyard.gateway.connection import Connection, Side
 from taskyard.gateway.egress import Traffic
 from taskyard.gateway.models import ModelRoute, Refused
 from taskyard.gateway.policy import GitRepository, Network, Policy, Refusal, Tool, ToolAnswer
+from taskyard.gateway.upstream import Upstream
 from taskyard.gateway.usage import ModelCall, Usage
 
 __all__ = [
@@ -57,11 +59,7 @@ class Gateway:
         self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._upstream = httpx.AsyncHTTPTransport(
-            verify=_tls(),
-            trust_env=False,
-            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=8),
-        )
+        self._upstream = Upstream(_tls())
         self._side = Side(
             policy, self._upstream, Traffic(policy.network.max_bytes), self._refused, self._called
         )
@@ -92,7 +90,7 @@ class Gateway:
         for server in self._servers:
             await server.wait_closed()
         self._servers.clear()
-        await self._upstream.aclose()
+        self._upstream.close()
         if (on_close := self._on_close) is not None:
             self._on_close = None
             await on_close()
@@ -146,4 +144,11 @@ class Gateway:
 @functools.cache
 def _tls() -> ssl.SSLContext:
     """Shared, because loading the certificates takes some 20 ms. Heeds SSL_CERT_FILE and SSL_CERT_DIR."""
-    return httpx.create_ssl_context()
+    if file := os.environ.get("SSL_CERT_FILE"):
+        context = ssl.create_default_context(cafile=file)
+    elif folder := os.environ.get("SSL_CERT_DIR"):
+        context = ssl.create_default_context(capath=folder)
+    else:
+        context = ssl.create_default_context(cafile=certifi.where())
+    context.set_alpn_protocols(["http/1.1"])
+    return context
