@@ -156,6 +156,7 @@ def _version_2(root: Path, own: Path, privileged: bool) -> Path:
     elif not os.access(parent, os.W_OK) or not os.access(parent / "cgroup.subtree_control", os.W_OK):
         raise UnavailableError("no control group is delegated to this user")
     elif mine.name != SERVER:
+        _require(parent)  # before anything is moved
         _move(parent, parent / SERVER)
     _enable(parent)
     return parent
@@ -169,11 +170,15 @@ def _delegated(group: Path) -> bool:
     return False
 
 
-def _enable(group: Path) -> None:
+def _require(group: Path) -> None:
     available = (group / "cgroup.controllers").read_text().split()
     missing = [name for name in CONTROLLERS if name not in available]
     if missing:
         raise UnavailableError(f"the controllers {', '.join(missing)} are not available in {group}")
+
+
+def _enable(group: Path) -> None:
+    _require(group)
     enabled = (group / "cgroup.subtree_control").read_text().split()
     if not set(CONTROLLERS) <= set(enabled):
         _write(group / "cgroup.subtree_control", " ".join(f"+{name}" for name in CONTROLLERS))
@@ -204,10 +209,13 @@ def _kill(pids: Iterable[int]) -> None:
 def _write(path: Path, value: object, *, optional: bool = False) -> bool:
     """Write a value; False when the file is not there and may be missing."""
     try:
-        with path.open("r+") as file:  # never creates
-            file.write(str(value))
+        file = os.open(path, os.O_WRONLY)  # never creates; only root may read cgroup.kill as well
     except FileNotFoundError:
         if not optional:
             raise
         return False
+    try:
+        os.write(file, str(value).encode())
+    finally:
+        os.close(file)
     return True
