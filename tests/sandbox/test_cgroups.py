@@ -120,12 +120,16 @@ def test_version_2_delegated(kernel: Kernel) -> None:
     assert group.oom_kills() == 2
 
 
-def test_version_2_second_process_of_a_unit(kernel: Kernel) -> None:
+@pytest.mark.parametrize("name", ["taskyard-server", ".control"])
+def test_version_2_a_process_beside_the_sandboxes(kernel: Kernel, name: str) -> None:
     unit = kernel.group("a.service")
-    kernel.group("a.service/taskyard-server", procs="10\n")
-    found = find(kernel.root, kernel.membership("0::/a.service/taskyard-server\n"), euid=1000)
+    kernel.group(f"a.service/{name}", procs="10\n")
+    found = find(kernel.root, kernel.membership(f"0::/a.service/{name}\n"), euid=1000)
     assert found.parents["pids"] == unit
-    assert not (unit / "taskyard-server" / "taskyard-server").exists()
+    assert (unit / name / "cgroup.procs").read_text() == "10\n"
+    assert not (unit / name / "taskyard-server").exists()
+    found.group("run").create(LIMITS)
+    assert found.names() == {"run"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -21,6 +21,8 @@ from taskyard.sandbox.provider import Limits, SandboxError
 ROOT = Path("/sys/fs/cgroup")
 CONTROLLERS = ("pids", "memory", "cpu")
 SERVER = "taskyard-server"
+CONTROL = ".control"
+"""Where systemd runs the other commands of a unit with groups below it, such as ExecStartPost=."""
 TOP = "taskyard"
 
 _PERIOD_US = 100_000
@@ -49,7 +51,7 @@ class Cgroups:
         for parent in set(self.parents.values()):
             with suppress(FileNotFoundError):
                 found |= {entry.name for entry in os.scandir(parent) if entry.is_dir()}
-        return found - {SERVER}
+        return found - {SERVER, CONTROL}
 
     def group(self, name: str) -> Group:
         """The group of one sandbox, which may or may not exist."""
@@ -148,14 +150,15 @@ def _version_2(root: Path, own: Path, privileged: bool) -> Path:
     if line is None:
         raise UnavailableError("this process is in no control group")
     mine = root / line.removeprefix("0::/")
-    parent = mine.parent if mine.name == SERVER else mine
+    placed = mine.name in (SERVER, CONTROL)
+    parent = mine.parent if placed else mine
     if privileged and not _delegated(parent):
         _enable(root)
         parent = root / TOP
         parent.mkdir(exist_ok=True)
     elif not os.access(parent, os.W_OK) or not os.access(parent / "cgroup.subtree_control", os.W_OK):
         raise UnavailableError("no control group is delegated to this user")
-    elif mine.name != SERVER:
+    elif not placed:
         _require(parent)  # before anything is moved
         _move(parent, parent / SERVER)
     _enable(parent)
