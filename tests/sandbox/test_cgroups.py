@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -119,12 +120,16 @@ def test_version_2_delegated(kernel: Kernel) -> None:
     assert group.oom_kills() == 2
 
 
-def test_version_2_second_process_of_a_unit(kernel: Kernel) -> None:
+@pytest.mark.parametrize("name", ["taskyard-server", ".control"])
+def test_version_2_a_process_beside_the_sandboxes(kernel: Kernel, name: str) -> None:
     unit = kernel.group("a.service")
-    kernel.group("a.service/taskyard-server", procs="10\n")
-    found = find(kernel.root, kernel.membership("0::/a.service/taskyard-server\n"), euid=1000)
+    kernel.group(f"a.service/{name}", procs="10\n")
+    found = find(kernel.root, kernel.membership(f"0::/a.service/{name}\n"), euid=1000)
     assert found.parents["pids"] == unit
-    assert not (unit / "taskyard-server" / "taskyard-server").exists()
+    assert (unit / name / "cgroup.procs").read_text() == "10\n"
+    assert not (unit / name / "taskyard-server").exists()
+    found.group("run").create(LIMITS)
+    assert found.names() == {"run"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -135,9 +140,10 @@ def test_version_2_not_delegated(kernel: Kernel) -> None:
 
 
 def test_version_2_controller_missing(kernel: Kernel) -> None:
-    kernel.group("a.service", controllers="cpu pids")
+    unit = kernel.group("a.service", procs="10\n", controllers="cpu pids")
     with pytest.raises(UnavailableError, match="controllers memory are not available"):
         find(kernel.root, kernel.membership("0::/a.service\n"), euid=1000)
+    assert (unit / "cgroup.procs").read_text() == "10\n"
 
 
 def test_version_2_root_without_delegation(kernel: Kernel) -> None:
@@ -155,6 +161,27 @@ def test_version_1_needs_root_and_controllers(tmp_path: Path) -> None:
     (tmp_path / "pids" / "cgroup.procs").touch()
     with pytest.raises(UnavailableError, match="controllers memory, cpu are not mounted"):
         find(tmp_path, euid=0)
+
+
+def test_a_file_that_may_only_be_written() -> None:
+    # As cgroup.kill is to a user other than root, who may not read it.
+    nobody = 65_534
+    with TemporaryDirectory(dir="/tmp") as folder:  # pytest's own folders let no other user in
+        kill = Path(folder, "cgroup.kill")
+        kill.touch(mode=0o200)
+        root = os.geteuid() == 0
+        if root:
+            os.chown(folder, nobody, -1)
+            os.chown(kill, nobody, -1)
+            os.seteuid(nobody)
+        try:
+            assert cgroups._write(kill, 1, optional=True)
+            assert not cgroups._write(kill.with_name("cgroup.other"), 1, optional=True)
+        finally:
+            if root:
+                os.seteuid(0)
+        kill.chmod(0o600)
+        assert kill.read_text() == "1"
 
 
 def test_processes_that_cannot_be_seen_are_left_alone(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from taskyard.sandbox.provider import Limits, SandboxError
 ROOT = Path("/sys/fs/cgroup")
 CONTROLLERS = ("pids", "memory", "cpu")
 SERVER = "taskyard-server"
+CONTROL = ".control"
+"""Where systemd runs the other commands of a unit with groups below it, such as ExecStartPost=."""
 TOP = "taskyard"
 
 _PERIOD_US = 100_000
@@ -49,7 +51,7 @@ class Cgroups:
         for parent in set(self.parents.values()):
             with suppress(FileNotFoundError):
                 found |= {entry.name for entry in os.scandir(parent) if entry.is_dir()}
-        return found - {SERVER}
+        return found - {SERVER, CONTROL}
 
     def group(self, name: str) -> Group:
         """The group of one sandbox, which may or may not exist."""
@@ -148,14 +150,16 @@ def _version_2(root: Path, own: Path, privileged: bool) -> Path:
     if line is None:
         raise UnavailableError("this process is in no control group")
     mine = root / line.removeprefix("0::/")
-    parent = mine.parent if mine.name == SERVER else mine
+    placed = mine.name in (SERVER, CONTROL)
+    parent = mine.parent if placed else mine
     if privileged and not _delegated(parent):
         _enable(root)
         parent = root / TOP
         parent.mkdir(exist_ok=True)
     elif not os.access(parent, os.W_OK) or not os.access(parent / "cgroup.subtree_control", os.W_OK):
         raise UnavailableError("no control group is delegated to this user")
-    elif mine.name != SERVER:
+    elif not placed:
+        _require(parent)  # before anything is moved
         _move(parent, parent / SERVER)
     _enable(parent)
     return parent
@@ -169,11 +173,15 @@ def _delegated(group: Path) -> bool:
     return False
 
 
-def _enable(group: Path) -> None:
+def _require(group: Path) -> None:
     available = (group / "cgroup.controllers").read_text().split()
     missing = [name for name in CONTROLLERS if name not in available]
     if missing:
         raise UnavailableError(f"the controllers {', '.join(missing)} are not available in {group}")
+
+
+def _enable(group: Path) -> None:
+    _require(group)
     enabled = (group / "cgroup.subtree_control").read_text().split()
     if not set(CONTROLLERS) <= set(enabled):
         _write(group / "cgroup.subtree_control", " ".join(f"+{name}" for name in CONTROLLERS))
@@ -204,10 +212,13 @@ def _kill(pids: Iterable[int]) -> None:
 def _write(path: Path, value: object, *, optional: bool = False) -> bool:
     """Write a value; False when the file is not there and may be missing."""
     try:
-        with path.open("r+") as file:  # never creates
-            file.write(str(value))
+        file = os.open(path, os.O_WRONLY)  # never creates; only root may read cgroup.kill as well
     except FileNotFoundError:
         if not optional:
             raise
         return False
+    try:
+        os.write(file, str(value).encode())
+    finally:
+        os.close(file)
     return True
