@@ -109,22 +109,29 @@ def test_at_a_terminal(tmp_path: Path, database_url: str) -> None:
     said = b""
 
     def until(text: str) -> None:
+        """Read until it comes, and forget what came before."""
         nonlocal said
         deadline = time.monotonic() + 60
         while text.encode() not in said:
             ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
             assert ready, f"no {text!r} in {said.decode()!r}"
             said += os.read(terminal, 65536)
+        said = said.partition(text.encode())[2]
 
     try:
         until("A shell in the sandbox trial-")
+        until("$ ")
         os.write(terminal, b"tty; echo $((6*7))\r")
         until("/dev/pts/")
         until("\r\n42\r\n")
-        os.write(terminal, b"sleep 600\r")
-        until("sleep 600\r\n")
-        os.write(terminal, b"\x03echo alive=$((40+4))\r")
+        until("$ ")
+        os.write(terminal, b"sh -c 'echo now $((3*4)); exec sleep 600'\r")
+        until("now 12\r\n")
+        os.write(terminal, b"\x03")
+        until("$ ")
+        os.write(terminal, b"echo alive=$((40+4))\r")
         until("alive=44\r\n")
+        until("$ ")
         os.write(terminal, b"exit 6\r")
     finally:
         deadline = time.monotonic() + 60

@@ -177,13 +177,20 @@ async def _running() -> list[int]:
     return processes_with(NAP)
 
 
+# It stays: what cannot be forked now is tried again.
+BOMB = (
+    """python3 -c 'import os, time; exec("while 1:\\n try: os.fork()\\n except OSError: time.sleep(0.05)")'"""
+    " 86398.5"
+)
+
+
 async def test_a_fork_bomb_does_not_reach_the_neighbour(live: Yard) -> None:
     """Attack 8."""
     api = live.api()
     neighbour = await api.start("SAY ready", mode="interactive", **SCRIPTED)
     await neighbour.turns(1)
-    bomb = await api.start("SHELL b(){ b|b& }; b; sleep 86398.5", **SCRIPTED)
-    await eventually(lambda: _count("b(){ b|b& }"), lambda n: n > 40, lambda n: f"bomb, {n} processes")
+    bomb = await api.start(f"SHELL {BOMB}", **SCRIPTED)
+    await eventually(lambda: _count("86398.5"), lambda n: n > 100, lambda n: f"bomb, {n} processes")
     began = time.monotonic()
     await neighbour.command("user_message", content="SHELL echo $((6*7))\nSAY fine")
     await neighbour.turns(2)
@@ -193,7 +200,6 @@ async def test_a_fork_bomb_does_not_reach_the_neighbour(live: Yard) -> None:
     await bomb.cancel()
     await neighbour.cancel()
     await gone("86398.5")
-    await gone("b(){ b|b& }")
 
 
 async def _count(word: str) -> int:

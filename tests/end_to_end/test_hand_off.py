@@ -78,6 +78,8 @@ async def test_resumed_while_the_old_worker_cleans_up(live: Yard) -> None:
     run = await live.api().start("IGNORE_SIGTERM\nSAY first\nSLEEP 60", **INTERACTIVE)
     await eventually(run.stream_text, lambda text: "agent_message_chunk" in text, lambda text: text)
     await run.cancel()
+    # The worker has written what was said; its agent takes its time to end.
+    await eventually(run.log, lambda log: said(log) == "first", lambda log: f"'first' in {log[-3:]}")
     ok(await run.api.post(run.path("resume_in_cloud/")))
     await run.command("user_message", content="SAY second")
     await run.turns(1)
