@@ -12,12 +12,12 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from taskyard.sandbox import cgroups, checks, strays, sweep
+from taskyard.sandbox.base import BaseSandbox, Command
 from taskyard.sandbox.cgroups import Cgroups
 from taskyard.sandbox.disk import DiskWatch
 from taskyard.sandbox.folder import Folder, group_name
@@ -28,11 +28,10 @@ from taskyard.sandbox.listener import SOURCE, EndedError, open_door
 from taskyard.sandbox.policy import Handed, Scene
 from taskyard.sandbox.process import BubblewrapProcess, start
 from taskyard.sandbox.provider import (
-    HOME,
     WORKSPACE,
     Kept,
     KilledError,
-    ListenerHandler,
+    Limits,
     Mount,
     Problem,
     SandboxError,
@@ -145,28 +144,17 @@ def _able(host: Host) -> frozenset[Capability]:
     return limited | {"disk", "host-programs"}
 
 
-class BubblewrapSandbox:
-    """See provider.Sandbox. Made by BubblewrapProvider."""
+class BubblewrapSandbox(BaseSandbox[BubblewrapProcess]):
+    """See provider.Sandbox. Made by BubblewrapProvider. exec() raises RuntimeError in any thread but its own."""
 
-    workspace = WORKSPACE
-    home = HOME
     host_programs = True
 
     def __init__(self, host: Host, folder: Folder, disk: DiskWatch, mounts: Sequence[Mount] = ()) -> None:
-        self.id = folder.path.name
+        super().__init__(folder.hold, disk, mounts)
         self._host = host
         self._folder = folder
-        self._disk = disk
-        self._mounts = tuple(mounts)
         self._group = host.cgroups.group(group_name(folder.path)) if host.cgroups else None
         self._thread = threading.get_ident()
-        self._processes: set[BubblewrapProcess] = set()
-        self._starting: set[asyncio.Future[None]] = set()
-        self._destruction: asyncio.Task[None] | None = None
-
-    @property
-    def scratch(self) -> Path:
-        return self._folder.scratch
 
     async def take_over(self) -> None:
         """End what a dead server left running in it, and remove its temporary files. Raises SandboxError."""
@@ -175,78 +163,17 @@ class BubblewrapSandbox:
         root = self._folder.path.parent
         found = await asyncio.to_thread(strays.find, root)
         await strays.end(root, [stray for stray in found if stray.sandbox_id == self.id])
-        await self._folder.clear_scratch()
+        await self.hold.clear_scratch()
 
     def limit(self) -> None:
         """Set the limits of the sandbox, where control groups can. Raises SandboxError."""
-        if self._group is not None and self._folder.limits is not None:
+        if self._group is not None and self.hold.limits is not None:
             try:
-                self._group.create(self._folder.limits)
+                self._group.create(self.hold.limits)
             except OSError as error:
                 raise SandboxError(f"the limits of a sandbox cannot be set: {error}") from error
 
-    async def exec(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] = {},
-        cwd: str | None = None,
-        stdin: bool = False,
-        mounts: Sequence[Mount] = (),
-        on_listener: ListenerHandler | None = None,
-        max_output: int | None = None,
-        seconds: float | None = None,
-    ) -> BubblewrapProcess:
-        """See provider.Sandbox. Raises RuntimeError in another thread than the one that made the sandbox."""
-        if not argv:
-            raise ValueError("a command has at least one item")
-        if threading.get_ident() != self._thread:
-            raise RuntimeError(
-                "a sandbox is used from the thread that made it only: it would die with another"
-            )
-        if self._destruction is not None:
-            raise SandboxError(f"the sandbox {self.id} is destroyed")
-        if self._folder.limits is None:
-            raise SandboxError(f"the folder of the sandbox {self.id} is damaged: it can only be destroyed")
-        scene = Scene(
-            workspace=str(self._folder.workspace),
-            home=str(self._folder.home),
-            limits=self._folder.limits,
-            mounts=(*self._mounts, *mounts),
-            env=dict(env),
-            cwd=cwd or WORKSPACE,
-        )
-        starting = asyncio.get_running_loop().create_future()
-        self._starting.add(starting)
-        try:
-            process = await self._start(list(argv), scene, stdin, on_listener, max_output, seconds)
-        finally:
-            self._starting.discard(starting)
-            starting.set_result(None)
-        if self._folder.limits.disk_mb is not None:
-            self._disk.add(self, self._folder.limits.disk_mb)
-        return process
-
-    async def fill_up(self) -> None:
-        """End everything in it because it holds more than its limit of disk space."""
-        await asyncio.gather(*(process.kill("disk") for process in self._processes))
-
-    async def destroy(self) -> None:
-        await self._end(remove=True)
-
-    async def detach(self) -> None:
-        await self._end(remove=False)
-
-    async def _end(self, *, remove: bool) -> None:
-        if self._destruction is None or (self._destruction.done() and self._destruction.exception()):
-            self._destruction = asyncio.create_task(self._free(remove=remove), name=f"free {self.id}")
-        await asyncio.shield(self._destruction)
-
-    async def _free(self, *, remove: bool) -> None:
-        self._disk.remove(self)
-        while self._processes or self._starting:
-            processes, self._processes = self._processes, set()
-            await asyncio.gather(*(process.kill() for process in processes), *self._starting)
+    async def _let_go(self, *, remove: bool) -> None:
         if self._group is not None:
             await self._group.remove()
         if remove:
@@ -254,15 +181,20 @@ class BubblewrapSandbox:
         else:
             self._folder.close()
 
-    async def _start(
-        self,
-        command: list[str],
-        scene: Scene,
-        stdin: bool,
-        on_listener: ListenerHandler | None,
-        max_output: int | None,
-        seconds: float | None,
-    ) -> BubblewrapProcess:
+    async def _start(self, command: Command, limits: Limits) -> BubblewrapProcess:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "a sandbox is used from the thread that made it only: it would die with another"
+            )
+        scene = Scene(
+            workspace=str(self._folder.workspace),
+            home=str(self._folder.home),
+            limits=limits,
+            mounts=command.mounts,
+            env=dict(command.env),
+            cwd=command.cwd or WORKSPACE,
+        )
+        argv, on_listener = list(command.argv), command.on_listener
         info, info_writer = os.pipe()
         channel: socket.socket | None = None
         process: BubblewrapProcess | None = None
@@ -271,22 +203,20 @@ class BubblewrapSandbox:
                 handed.add(info_writer)
                 if on_listener is not None:
                     channel, inside = socket.socketpair()
-                    command, needed = door_command(command, handed.add(inside.detach()))
+                    argv, needed = door_command(argv, handed.add(inside.detach()))
                     door = await asyncio.to_thread(SOURCE.read_bytes)
                     scene = replace(scene, mounts=(*scene.mounts, *needed), door=door)
-                line = command_line(
-                    self._host, self._folder, self._group, scene, command, handed, info_writer
-                )
+                line = command_line(self._host, self._folder, self._group, scene, argv, handed, info_writer)
                 process = await start(
                     line,
                     handed,
                     info,
-                    stdin=stdin,
+                    stdin=command.stdin,
                     oom_kills=self._oom_kills,
-                    max_output=max_output,
-                    seconds=seconds,
+                    max_output=command.max_output,
+                    seconds=command.seconds,
                 )
-                self._processes = {process, *(other for other in self._processes if not other.closed)}
+                self._runs(process)
             await process.started()
             if channel is not None and on_listener is not None:
                 await open_door(channel, on_listener)

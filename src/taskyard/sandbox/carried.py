@@ -89,9 +89,7 @@ class CarriedProcess:
         self._mux = Mux(wire.write, self._took)
         self._stdio = self._mux.open(STDIO)
         self._tail = Tail(STDERR_BYTES)
-        self._tail.meter = streams.stdout.meter = self._meter = Meter(
-            max_output, lambda: self._keep(self.kill("output"))
-        )
+        self._tail.meter = streams.stdout.meter = Meter(max_output, lambda: self._keep(self.kill("output")))
         self._ready = asyncio.Event()
         self._exit: _Exit | None = None
         self._why: Reason | None = None

@@ -21,7 +21,6 @@ from taskyard.sandbox.docker_config import PLACE, SANDBOX, Json, Volumes
 from taskyard.sandbox.docker_engine import Engine, EngineError, Facts
 from taskyard.sandbox.docker_wire import ContainerWire
 from taskyard.sandbox.hold import Hold
-from taskyard.sandbox.place import place_of
 from taskyard.sandbox.provider import Mount, Problem, SandboxError, Spec
 from taskyard.sandbox.remote import RemoteProvider, RemoteSandbox
 from taskyard.settings import Capability, Settings
@@ -40,20 +39,10 @@ class DockerProvider(RemoteProvider):
         self.settings = settings.sandbox.docker
         self.engine = Engine(self.settings)
         self.copies = self.settings.files == "copy" or (self.settings.files is None and not self.engine.here)
-        self._data_dir = settings.data_dir
-        self._place: str | None = None
         self._facts: Facts | None = None
         self.seccomp = ""
         """The system-call filter as this engine takes it, once capabilities() was asked."""
         self._disk: DiskWatch | None = None
-
-    @property
-    def place(self) -> str:
-        """Whose containers and volumes are ours."""
-        if self._place is None:
-            self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._place = place_of(self._data_dir)
-        return self._place
 
     @property
     def own_kernel(self) -> bool:
@@ -94,8 +83,8 @@ class DockerProvider(RemoteProvider):
                 f"Podman at {self.engine.host} has to be on this host, behind a Unix socket: it reads the system-call"
                 " filter of sandboxes from a file; on other hosts use Docker's engine, or a worker there"
             )
-        path = self._data_dir.absolute() / "seccomp.json"
-        self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.data_dir / "seccomp.json"
+        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = path.with_name(f"seccomp.{secrets.token_hex(6)}.part")
         part.write_text(text, "ascii")
         part.replace(path)

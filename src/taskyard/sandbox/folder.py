@@ -80,10 +80,6 @@ class Folder:
             hold.limits = None
         return folder
 
-    async def clear_scratch(self) -> None:
-        """Remove what is in the folder for temporary files. Raises SandboxError."""
-        await self.hold.clear_scratch()
-
     async def remove(self) -> None:
         """Remove the folder, whatever is in it, and free its uid. Nothing may run in it any more.
 

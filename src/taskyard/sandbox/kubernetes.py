@@ -12,27 +12,26 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from taskyard.errors import SetupError
 from taskyard.sandbox import carried, carrier, pod_state, pods
+from taskyard.sandbox.base import Command
 from taskyard.sandbox.carried import CarriedProcess, Wire
 from taskyard.sandbox.cluster import Cluster, RefusedError
 from taskyard.sandbox.disk import DiskWatch
 from taskyard.sandbox.hold import Facts, Hold
-from taskyard.sandbox.place import place_of
-from taskyard.sandbox.pod_files import copy, placed
+from taskyard.sandbox.pod_files import Copies, placed
 from taskyard.sandbox.pod_wire import PodWire
 from taskyard.sandbox.provider import (
     Kept,
     KilledError,
-    ListenerHandler,
+    Limits,
     LostError,
     Mount,
     Problem,
@@ -68,15 +67,6 @@ class EvictedError(LostError, KilledError):
     """The pod is gone, and not by what ran in it: another one may well live longer."""
 
 
-@dataclass
-class _Placed:
-    """A copy of a file or folder of the server in the pod. users: how many commands have it."""
-
-    source: str
-    users: int = 0
-    ready: bool = False
-
-
 class KubernetesProvider(RemoteProvider):
     """See provider.Provider."""
 
@@ -88,13 +78,6 @@ class KubernetesProvider(RemoteProvider):
         self.cluster = Cluster(self.settings)
         self.seconds = int(settings.runs.wall_clock_s) + SPARE_S
         self.disk = DiskWatch(None, rest_s=DISK_LOOK_S)
-        self._data_dir = settings.data_dir.absolute()
-
-    @cached_property
-    def place(self) -> str:
-        """The name of our data folder: it tells our pods from those of other workers."""
-        self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return place_of(self._data_dir)
 
     async def capabilities(self) -> frozenset[Capability]:
         """See provider.Provider. Processes are limited by each node's kubelet, for all pods alike: not by us."""
@@ -180,10 +163,7 @@ class KubernetesSandbox(RemoteSandbox):
         self._live: dict[str, PodWire | None] = {}
         """Commands by their tokens; those without a wire are about to start."""
         self._clearing: PodWire | None = None
-        self._placed: dict[str, _Placed] = {}
-        self._stale: set[str] = set()
-        """Copies in the pod that no command has any more."""
-        self._placing = asyncio.Lock()
+        self._copies = Copies()
 
     async def make(self) -> None:
         assert self.hold.limits is not None
@@ -241,61 +221,16 @@ class KubernetesSandbox(RemoteSandbox):
 
     # --- commands ---
 
-    async def exec(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] = {},
-        cwd: str | None = None,
-        stdin: bool = False,
-        mounts: Sequence[Mount] = (),
-        on_listener: ListenerHandler | None = None,
-        max_output: int | None = None,
-        seconds: float | None = None,
-    ) -> CarriedProcess:
-        """See provider.Sandbox. Mounts are copies, below /run/taskyard."""
-        command, wanted = placed(argv, (*self._mounts, *mounts))
-        taken: list[Mount] = []
-        try:
-            for mount in wanted:
-                self._take(mount)
-                taken.append(mount)
-            if wanted:
-                async with self._placing:
-                    for mount in wanted:
-                        if not (there := self._placed[mount.target]).ready:
-                            await copy(mount, self._run_copy)
-                            there.ready = True
-            return await super().exec(
-                command,
-                env=env,
-                cwd=cwd,
-                stdin=stdin,
-                mounts=wanted,
-                on_listener=on_listener,
-                max_output=max_output,
-                seconds=seconds,
-            )
-        finally:
-            for mount in taken:
-                self._leave(mount)
+    async def _start(self, command: Command, limits: Limits) -> CarriedProcess:
+        """Mounts are copies, below /run/taskyard."""
+        argv, mounts = placed(command.argv, command.mounts)
+        with self._copies.used(mounts):
+            await self._copies.bring(mounts, self._run_copy)
+            return await super()._start(replace(command, argv=argv, mounts=mounts), limits)
 
     async def _run_copy(self, argv: Sequence[str]) -> CarriedProcess:
-        return await super().exec(argv, cwd="/", stdin=True)
-
-    def _take(self, mount: Mount) -> None:
-        """Count a user of a copy. Raises SandboxError when there is another at its place."""
-        there = self._placed.setdefault(mount.target, _Placed(str(mount.source)))
-        if there.source != str(mount.source):
-            raise SandboxError(f"{mount.target} is in use for {there.source}")
-        there.users += 1
-
-    def _leave(self, mount: Mount) -> None:
-        there = self._placed[mount.target]
-        there.users -= 1
-        if there.users == 0:
-            del self._placed[mount.target]
-            self._stale.add(mount.target)
+        assert self.hold.limits is not None
+        return await super()._start(Command(argv, cwd="/", stdin=True), self.hold.limits)
 
     async def open_wire(self, mounts: Sequence[Mount], seconds: float | None) -> Wire:
         self._check_there()
@@ -305,30 +240,20 @@ class KubernetesSandbox(RemoteSandbox):
                 await asyncio.wait_for(self._clearing.began.wait(), carried.START_S)
         alone = not self._live
         self._live[token] = None
-        remove = sorted(self._stale - self._placed.keys())
-        self._stale.clear()
-        flags = json.dumps({"alone": alone, "remove": remove})
-        own = tuple(mount for mount in mounts if mount.target in self._placed)
-        for mount in own:
-            self._take(mount)
-
-        def ended() -> None:
-            self._live.pop(token, None)
-            for mount in own:
-                self._leave(mount)
-
+        flags = json.dumps({"alone": alone, "remove": self._copies.stale()})
+        held = ExitStack()
+        held.callback(self._live.pop, token, None)
+        held.enter_context(self._copies.used(mounts))
         try:
             socket = await self._cluster.exec(
                 self._name, (*_BOOT, "run", flags, str(len(carried.SOURCE)), token)
             )
         except SandboxError:
-            try:
+            with held:
                 await self._put_down(token)
-            finally:
-                ended()
             self._check_there()
             raise
-        wire = PodWire(socket, lambda: self._put_down(token), ended)
+        wire = PodWire(socket, lambda: self._put_down(token), held.close)
         self._live[token] = wire
         if alone:
             self._clearing = wire

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from taskyard.sandbox.carried import CarriedProcess
@@ -48,6 +48,62 @@ def placed(argv: Sequence[str], mounts: Sequence[Mount]) -> tuple[list[str], tup
         else:
             raise SandboxError(f"{mount.target} cannot be mounted in a pod: put it into the image")
     return command, tuple(found)
+
+
+@dataclass
+class _Copy:
+    """A copy of a file or folder of the server in the pod. users: how many commands have it."""
+
+    source: str
+    users: int = 0
+    ready: bool = False
+
+
+class Copies:
+    """The copies in one pod, each for as long as a command has it."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, _Copy] = {}
+        self._stale: set[str] = set()
+        self._bringing = asyncio.Lock()
+
+    @contextmanager
+    def used(self, mounts: Sequence[Mount]) -> Iterator[None]:
+        """A command has these. Raises SandboxError when there is another copy at the place of one."""
+        with ExitStack() as users:
+            for mount in mounts:
+                self._take(mount)
+                users.callback(self._leave, mount)
+            yield
+
+    async def bring(self, mounts: Sequence[Mount], run: Run) -> None:
+        """Copy those that are not there yet. Raises SandboxError, KilledError."""
+        if not mounts:
+            return
+        async with self._bringing:
+            for mount in mounts:
+                if not (there := self._copies[mount.target]).ready:
+                    await copy(mount, run)
+                    there.ready = True
+
+    def stale(self) -> list[str]:
+        """Copies that no command has any more; whoever asks removes them."""
+        found = sorted(self._stale - self._copies.keys())
+        self._stale.clear()
+        return found
+
+    def _take(self, mount: Mount) -> None:
+        there = self._copies.setdefault(mount.target, _Copy(str(mount.source)))
+        if there.source != str(mount.source):
+            raise SandboxError(f"{mount.target} is in use for {there.source}")
+        there.users += 1
+
+    def _leave(self, mount: Mount) -> None:
+        there = self._copies[mount.target]
+        there.users -= 1
+        if there.users == 0:
+            del self._copies[mount.target]
+            self._stale.add(mount.target)
 
 
 async def copy(mount: Mount, run: Run) -> None:

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from pathlib import Path
+from functools import cached_property
+from typing import Any
 
 import structlog
 
 from taskyard.errors import SetupError
 from taskyard.sandbox import carried, sweep
+from taskyard.sandbox.base import BaseSandbox, Command
 from taskyard.sandbox.carried import CarriedProcess, Order, Wire
 from taskyard.sandbox.disk import DiskWatch
 from taskyard.sandbox.hold import Facts, Hold, check_id
+from taskyard.sandbox.place import place_of
 from taskyard.sandbox.provider import (
-    HOME,
     WORKSPACE,
     Kept,
-    ListenerHandler,
+    Limits,
     Mount,
     Problem,
     SandboxError,
@@ -38,30 +40,15 @@ from taskyard.settings import Capability, Settings
 log = structlog.get_logger()
 
 
-class RemoteSandbox(ABC):
-    """See provider.Sandbox. A subclass says how it is on its engine.
+class RemoteSandbox(BaseSandbox[CarriedProcess]):
+    """See provider.Sandbox. A subclass says how it is on its engine."""
 
-    disk: None where the engine itself holds the limit.
-    """
-
-    workspace = WORKSPACE
-    home = HOME
     host_programs = False
 
     def __init__(self, hold: Hold, disk: DiskWatch | None, mounts: Sequence[Mount] = ()) -> None:
-        self.id = hold.path.name
-        self.hold = hold
-        self._disk = disk
-        self._mounts = tuple(mounts)
-        self._processes: set[CarriedProcess] = set()
+        super().__init__(hold, disk, mounts)
         self._wires: set[Wire] = set()
         """Of commands that are starting."""
-        self._starting: set[asyncio.Future[None]] = set()
-        self._ending: asyncio.Task[None] | None = None
-
-    @property
-    def scratch(self) -> Path:
-        return self.hold.scratch
 
     # --- how it is on the engine ---
 
@@ -92,59 +79,26 @@ class RemoteSandbox(ABC):
 
     # --- what its user sees ---
 
-    async def exec(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] = {},
-        cwd: str | None = None,
-        stdin: bool = False,
-        mounts: Sequence[Mount] = (),
-        on_listener: ListenerHandler | None = None,
-        max_output: int | None = None,
-        seconds: float | None = None,
-    ) -> CarriedProcess:
-        """See provider.Sandbox."""
-        if not argv:
-            raise ValueError("a command has at least one item")
-        if self._ending is not None:
-            raise SandboxError(f"the sandbox {self.id} is destroyed")
-        if self.hold.limits is None:
-            raise SandboxError(f"the sandbox {self.id} is damaged: it can only be destroyed")
-        order = Order(argv, environment(env), cwd or WORKSPACE, seconds)
-        starting = asyncio.get_running_loop().create_future()
-        self._starting.add(starting)
-        wire: Wire | None = None
+    async def _start(self, command: Command, limits: Limits) -> CarriedProcess:
+        order = Order(command.argv, environment(command.env), command.cwd or WORKSPACE, command.seconds)
+        wire = await self._wire(command.mounts, command.seconds)
+        self._wires.add(wire)
         try:
-            wire = await self._wire((*self._mounts, *mounts), seconds)
-            self._wires.add(wire)
             process = await carried.start(
                 wire,
                 order,
-                stdin=stdin,
-                on_listener=on_listener,
+                stdin=command.stdin,
+                on_listener=command.on_listener,
                 scratch=self.scratch,
-                max_output=max_output,
+                max_output=command.max_output,
             )
-            self._processes = {process, *(other for other in self._processes if not other.closed)}
         finally:
-            if wire is not None:
-                self._wires.discard(wire)
-            self._starting.discard(starting)
-            starting.set_result(None)
-        if self._disk is not None and self.hold.limits.disk_mb is not None:
-            self._disk.add(self, self.hold.limits.disk_mb)
+            self._wires.discard(wire)
+        self._runs(process)
         return process
 
-    async def fill_up(self) -> None:
-        """End everything in it because it holds more than its limit of disk space."""
-        await asyncio.gather(*(process.kill("disk") for process in self._processes))
-
-    async def destroy(self) -> None:
-        await self._end(remove=True)
-
-    async def detach(self) -> None:
-        await self._end(remove=False)
+    def _end_starts(self) -> list[Coroutine[Any, Any, None]]:
+        return [wire.kill() for wire in self._wires]
 
     async def _wire(self, mounts: Sequence[Mount], seconds: float | None) -> Wire:
         """open_wire(), of which nothing is left when the caller is cancelled."""
@@ -162,18 +116,7 @@ class RemoteSandbox(ABC):
             await asyncio.shield(undo())
             raise
 
-    async def _end(self, *, remove: bool) -> None:
-        if self._ending is None or (self._ending.done() and self._ending.exception()):
-            self._ending = asyncio.create_task(self._free(remove=remove), name=f"free {self.id}")
-        await asyncio.shield(self._ending)
-
-    async def _free(self, *, remove: bool) -> None:
-        if self._disk is not None:
-            self._disk.remove(self)
-        while self._processes or self._starting:
-            processes, self._processes = self._processes, set()
-            ends = [process.kill() for process in processes] + [wire.kill() for wire in self._wires]
-            await asyncio.gather(*ends, *self._starting)
+    async def _let_go(self, *, remove: bool) -> None:
         if not remove:
             self.hold.close()
             return
@@ -196,7 +139,14 @@ class RemoteProvider(ABC):
     name: str
 
     def __init__(self, settings: Settings) -> None:
-        self.root = settings.data_dir.absolute() / "sandboxes"
+        self.data_dir = settings.data_dir.absolute()
+        self.root = self.data_dir / "sandboxes"
+
+    @cached_property
+    def place(self) -> str:
+        """The name of our data folder: it tells what is ours on the engine from what other workers have there."""
+        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return place_of(self.data_dir)
 
     # --- how it is on the engine ---
 
