@@ -7,16 +7,8 @@ from typing import Any
 import pytest
 
 from taskyard.agents.acp import Session
-from taskyard.agents.adapters import (
-    CONTRACT_MODES,
-    AgentNotInstalledError,
-    Option,
-    adapters,
-    allowed_efforts,
-    auto_answer,
-    choose_mode,
-    option_for,
-)
+from taskyard.agents.adapters import CONTRACT_MODES, AgentNotInstalledError, adapters, allowed_efforts
+from taskyard.agents.options import Option, auto_answer, choose_mode, option_for
 from taskyard.errors import SetupError
 from taskyard.settings import AgentSettings, Settings
 

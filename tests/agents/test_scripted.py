@@ -15,7 +15,8 @@ import pytest
 from acp import schema
 
 from taskyard.agents.acp import AcpError, AgentGoneError, PromptResult
-from taskyard.agents.adapters import adapters, auto_answer, choose_mode
+from taskyard.agents.adapters import adapters
+from taskyard.agents.options import auto_answer, choose_mode
 from taskyard.settings import Settings
 from tests.support.acp_agents import Client, connected
 

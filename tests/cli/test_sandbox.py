@@ -134,11 +134,11 @@ def test_at_a_terminal(tmp_path: Path, database_url: str) -> None:
         until("$ ")
         os.write(terminal, b"exit 6\r")
     finally:
-        deadline = time.monotonic() + 60
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-            if time.monotonic() > deadline:
-                os.kill(pid, 9)
-            time.sleep(0.01)
+        end = os.pidfd_open(pid)
+        if not select.select([end], [], [], 60)[0]:
+            os.kill(pid, 9)
+        status = os.waitpid(pid, 0)[1]
+        os.close(end)
         os.close(terminal)
-    assert os.waitstatus_to_exitcode(ended[1]) == 6
+    assert os.waitstatus_to_exitcode(status) == 6
     assert list((tmp_path / "data" / "sandboxes").iterdir()) == []

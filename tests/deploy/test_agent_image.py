@@ -7,7 +7,7 @@ from pathlib import Path
 
 from taskyard.agents.adapters import adapters
 from taskyard.agents.install import NODE_MAJOR
-from taskyard.sandbox.docker_checks import PROGRAMS
+from taskyard.sandbox.image_checks import PROGRAMS
 from taskyard.settings import Settings
 from tests.support.compose import DEPLOY
 

@@ -14,7 +14,8 @@ import yaml
 
 from taskyard.sandbox import pod_checks, pods
 from taskyard.sandbox.provider import Limits
-from taskyard.settings import KubernetesSettings, Settings
+from taskyard.settings import Settings
+from taskyard.settings.sandboxes import KubernetesSettings
 from tests.deploy.test_compose import is_setting
 from tests.support.kube_api import DEPLOY, documents
 

@@ -15,7 +15,8 @@ import pytest
 
 from taskyard.db.engine import Database
 from taskyard.sandbox import disk
-from taskyard.settings import ModelSettings, NetworkSettings, RateLimitSettings, SandboxSettings, Upstream
+from taskyard.settings import ModelSettings, NetworkSettings, RateLimitSettings, Upstream
+from taskyard.settings.sandboxes import SandboxSettings
 from tests.conftest import make_settings
 from tests.support import attacks
 from tests.support.attacks import HELD

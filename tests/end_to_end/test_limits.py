@@ -11,7 +11,8 @@ import pytest
 
 from taskyard.db.engine import Database
 from taskyard.sandbox import disk
-from taskyard.settings import RateLimitSettings, RunSettings, SandboxSettings
+from taskyard.settings import RateLimitSettings, RunSettings
+from taskyard.settings.sandboxes import SandboxSettings
 from tests.conftest import make_settings
 from tests.support.yard import Json, Yard, open_yard
 

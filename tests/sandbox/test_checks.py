@@ -12,7 +12,8 @@ from taskyard.errors import SetupError
 from taskyard.sandbox import launch, policy, selftest
 from taskyard.sandbox.bubblewrap import BubblewrapProvider
 from taskyard.sandbox.provider import Limits, Spec
-from taskyard.settings import SandboxSettings, Settings
+from taskyard.settings import Settings
+from taskyard.settings.sandboxes import SandboxSettings
 from tests.support.sandboxes import Hut
 
 SPEC = Spec("one", Limits(1, 64, 16, 16))

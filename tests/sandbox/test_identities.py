@@ -13,7 +13,7 @@ from taskyard.sandbox import identities
 from taskyard.sandbox.folder import Folder
 from taskyard.sandbox.identities import UidRange, claim, release
 from taskyard.sandbox.provider import SandboxError
-from taskyard.settings import SandboxSettings
+from taskyard.settings.sandboxes import SandboxSettings
 from tests.support.sandboxes import LIMITS
 
 SMALL = UidRange(230000, 230004)

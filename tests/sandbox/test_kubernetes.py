@@ -33,7 +33,8 @@ from taskyard.sandbox.provider import (
     Spec,
 )
 from taskyard.sandbox.selftest import selftest
-from taskyard.settings import KubernetesSettings, SandboxSettings, Settings
+from taskyard.settings import Settings
+from taskyard.settings.sandboxes import KubernetesSettings, SandboxSettings
 from tests.support.kube_api import NAMESPACE, Pod
 from tests.support.kube_hut import KubeHut, kube_settings, open_kube_hut
 from tests.support.sandboxes import LIMITS, first_line, gone, processes_with, run, shell

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from taskyard.settings import DockerSettings, SandboxSettings
+from taskyard.settings.sandboxes import DockerSettings, SandboxSettings
 from tests.support import docker_keeper
 from tests.support.docker_keeper import IMAGE
+from tests.support.postgres import shared_session
 
 _ROOT = Path(__file__).parents[2]
 
@@ -28,10 +29,8 @@ def docker_host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     if other := os.environ.get("TASKYARD_TEST_DOCKER_HOST"):
         yield other
         return
-    base = tmp_path_factory.getbasetemp()
-    worker: dict[str, str] | None = getattr(request.config, "workerinput", None)
-    session = base.parent if worker else base
-    name = f"taskyard-docker-{worker['testrunuid'] if worker else uuid.uuid4().hex}"
+    session, run = shared_session(request, tmp_path_factory)
+    name = f"taskyard-docker-{run}"
     folder = Path(tempfile.gettempdir()) / name  # short: the paths of sockets have 107 bytes at most
     keeper = subprocess.Popen(
         [sys.executable, "-m", "tests.support.docker_keeper", str(session / "docker.lock"), str(folder)],

@@ -9,7 +9,8 @@ from typing import Any
 
 from taskyard.sandbox.disk import DiskWatch
 from taskyard.sandbox.kubernetes import KubernetesProvider
-from taskyard.settings import KubernetesSettings, SandboxSettings, Settings
+from taskyard.settings import Settings
+from taskyard.settings.sandboxes import KubernetesSettings, SandboxSettings
 from tests.support.kube_api import NAMESPACE, KubeApi, open_api
 from tests.support.sandboxes import AnyHut
 

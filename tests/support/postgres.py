@@ -54,13 +54,20 @@ def migrated_template(server_url: str) -> str:
     return TEMPLATE
 
 
+def shared_session(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """What all processes of this test run share: a folder, and a name that no other run has."""
+    base = tmp_path_factory.getbasetemp()
+    worker: dict[str, str] | None = getattr(request.config, "workerinput", None)
+    return (base.parent, worker["testrunuid"]) if worker else (base, uuid.uuid4().hex)
+
+
 @pytest.fixture(scope="session")
 def postgres_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The libpq URL of the session's server; use `create_database` or `database_url` on it."""
-    base = tmp_path_factory.getbasetemp()
-    worker: dict[str, str] | None = getattr(request.config, "workerinput", None)
-    session = base.parent if worker else base
-    name = f"taskyard-tests-{worker['testrunuid'] if worker else uuid.uuid4().hex}"
+    session, run = shared_session(request, tmp_path_factory)
+    name = f"taskyard-tests-{run}"
     in_memory = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > _ROOM
     folder = (_SHARED_MEMORY if in_memory else Path(tempfile.gettempdir())) / name
     keeper = subprocess.Popen(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from taskyard.agents.acp import METHOD_NOT_FOUND, AcpError
-from taskyard.agents.adapters import auto_answer
+from taskyard.agents.options import auto_answer
 from taskyard.drive.recorder import Recorder
 from taskyard.events import entries
 from taskyard.events.entries import Shown

@@ -16,15 +16,8 @@ from taskyard.agents.acp import (
     ProtocolVersionError,
     Session,
 )
-from taskyard.agents.adapters import (
-    DEFAULT_AGENT,
-    GATEWAY,
-    Adapter,
-    AgentNotInstalledError,
-    adapters,
-    choose_mode,
-    option_for,
-)
+from taskyard.agents.adapters import DEFAULT_AGENT, GATEWAY, Adapter, AgentNotInstalledError, adapters
+from taskyard.agents.options import choose_mode, option_for
 from taskyard.db.engine import Database, Row
 from taskyard.drive.failures import RunFailure, with_tail
 from taskyard.drive.inside import feed, script

@@ -39,7 +39,8 @@ from taskyard.sandbox.provider import (
     Swept,
     require,
 )
-from taskyard.settings import Capability, Settings
+from taskyard.settings import Settings
+from taskyard.settings.sandboxes import Capability
 
 END_S = 5.0
 """A sandbox whose door is gone has this long to end."""

@@ -19,7 +19,7 @@ import yaml
 from taskyard.errors import SetupError
 from taskyard.sandbox.pods import CONTAINER
 from taskyard.sandbox.provider import SandboxError
-from taskyard.settings import KubernetesSettings
+from taskyard.settings.sandboxes import KubernetesSettings
 
 if TYPE_CHECKING:
     from aiohttp import ClientWebSocketResponse

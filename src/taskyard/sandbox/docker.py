@@ -23,7 +23,8 @@ from taskyard.sandbox.docker_wire import ContainerWire
 from taskyard.sandbox.hold import Hold
 from taskyard.sandbox.provider import Mount, Problem, SandboxError, Spec
 from taskyard.sandbox.remote import RemoteProvider, RemoteSandbox
-from taskyard.settings import Capability, Settings
+from taskyard.settings import Settings
+from taskyard.settings.sandboxes import Capability
 
 _OWN_KERNEL = ("runsc", "kata", "io.containerd.runsc", "io.containerd.kata")
 """How the names of runtimes begin that give a container a kernel of its own."""

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from taskyard.errors import SetupError, TaskyardError
 from taskyard.sandbox.docker_engine import EngineError
+from taskyard.sandbox.image_checks import PROGRAMS, said
 from taskyard.sandbox.provider import Limits, Problem, Spec
 
 if TYPE_CHECKING:
     from taskyard.sandbox.docker import DockerProvider
 
 DEADLINE_S = 120.0
-PROGRAMS = ("python3", "git", "sh", "tar", "gzip", "find", "du")
 _LIMITS = Limits(cpus=0.5, memory_mb=200, pids=64, tmp_mb=16)
 _REBUILD = "Build the image again by the recipe in deploy/agent-image, or add what is missing to yours."
 
@@ -100,17 +100,9 @@ async def _look(provider: DockerProvider) -> dict[str, Any]:
     async with asyncio.timeout(DEADLINE_S):
         sandbox = await provider.create(Spec(f"check-{secrets.token_hex(8)}", _LIMITS))
         try:
-            process = await sandbox.exec(["python3", "-I", "-S", "-c", _LOOK, *PROGRAMS])
-            try:
-                output = await process.stdout.read()
-                end = await process.wait()
-            finally:
-                await process.kill()
+            return dict(json.loads(await said(sandbox, "python3", "-I", "-S", "-c", _LOOK, *PROGRAMS)))
         finally:
             await sandbox.destroy()
-    if end.code != 0:
-        raise ValueError(f"exit status {end.code}: {end.stderr_tail.strip()}")
-    return dict(json.loads(output))
 
 
 def _programs(found: dict[str, Any]) -> Problem:

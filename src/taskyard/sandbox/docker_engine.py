@@ -19,7 +19,7 @@ from aiodocker.volumes import DockerVolume
 
 from taskyard.errors import SetupError
 from taskyard.sandbox.provider import SandboxError
-from taskyard.settings import DockerSettings
+from taskyard.settings.sandboxes import DockerSettings
 
 TALK_S = 60.0
 """The engine answers anything within this time."""

@@ -41,7 +41,8 @@ from taskyard.sandbox.provider import (
     Swept,
 )
 from taskyard.sandbox.remote import RemoteProvider, RemoteSandbox
-from taskyard.settings import Capability, Settings
+from taskyard.settings import Settings
+from taskyard.settings.sandboxes import Capability
 
 log = structlog.get_logger()
 Json = dict[str, Any]

@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 from taskyard.errors import TaskyardError
 from taskyard.sandbox.cluster import Cluster, RefusedError
+from taskyard.sandbox.image_checks import PROGRAMS, said
 from taskyard.sandbox.pods import OURS
-from taskyard.sandbox.provider import Limits, Problem, Sandbox, SandboxError, Spec
+from taskyard.sandbox.provider import Limits, Problem, SandboxError, Spec
 
 if TYPE_CHECKING:
     from taskyard.sandbox.kubernetes import KubernetesProvider
@@ -22,7 +23,6 @@ RIGHTS = (
     *((verb, "pods", "exec") for verb in ("create", "get")),
 )
 """Verb, resource, subresource."""
-PROGRAMS = ("python3", "git", "sh", "tar", "gzip", "find", "du")
 _SMALL = Limits(cpus=1, memory_mb=256, pids=64, tmp_mb=16)
 _APPLY = "Apply deploy/kubernetes (see docs/kubernetes.md)."
 
@@ -132,10 +132,10 @@ async def _trial(provider: KubernetesProvider) -> list[Problem]:
     try:
         sandbox = await provider.create(Spec(f"check-{secrets.token_hex(8)}", _SMALL))
         try:
-            lacks = (await _said(sandbox, "/bin/sh", "-c", _LACKS, "sh", *PROGRAMS)).split()
-            parent = (await _said(sandbox, "/bin/sh", "-c", _PARENT)).strip()
+            lacks = (await said(sandbox, "/bin/sh", "-c", _LACKS, "sh", *PROGRAMS)).split()
+            parent = (await said(sandbox, "/bin/sh", "-c", _PARENT)).strip()
             targets = (_address(provider.cluster.address), *OUTSIDE)
-            reached = (await _said(sandbox, "python3", "-c", _REACH, *targets)).split()
+            reached = (await said(sandbox, "python3", "-c", _REACH, *targets)).split()
         finally:
             await sandbox.destroy()
     except TaskyardError as error:
@@ -168,18 +168,6 @@ async def _trial(provider: KubernetesProvider) -> list[Problem]:
             fatal=True,
         ),
     ]
-
-
-async def _said(sandbox: Sandbox, *argv: str) -> str:
-    process = await sandbox.exec(argv, cwd="/")
-    try:
-        output = await process.stdout.read()
-        end = await process.wait()
-    finally:
-        await process.kill()
-    if end.code != 0:
-        raise SandboxError(f"a command in a pod failed: {end.stderr_tail.strip() or f'status {end.code}'}")
-    return output.decode("utf-8", "replace")
 
 
 def _address(url: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from taskyard.sandbox import pod_inside
 from taskyard.sandbox.provider import HOME, WORKSPACE, Limits
 from taskyard.sandbox.rules import SHM, SHM_BYTES, TMP, UID
-from taskyard.settings import KubernetesSettings
+from taskyard.settings.sandboxes import KubernetesSettings
 
 Json = dict[str, Any]
 

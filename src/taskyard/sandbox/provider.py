@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from taskyard.errors import TaskyardError
-from taskyard.settings import Capability
+from taskyard.settings.sandboxes import Capability
 
 WORKSPACE = "/tmp/workspace"  # noqa: S108 - a path inside
 HOME = "/home/agent"

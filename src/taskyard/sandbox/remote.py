@@ -35,7 +35,8 @@ from taskyard.sandbox.provider import (
     require,
 )
 from taskyard.sandbox.rules import environment
-from taskyard.settings import Capability, Settings
+from taskyard.settings import Settings
+from taskyard.settings.sandboxes import Capability
 
 log = structlog.get_logger()
 
