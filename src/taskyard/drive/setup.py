@@ -59,7 +59,9 @@ def spec_of(settings: Settings, name: str, environment: Row | None) -> Spec:
 
 def _kind(settings: Settings, environment: Row) -> str:
     """What a sandbox of an environment is made by, and of."""
-    return f"{settings.sandbox.provider} {settings.sandbox.docker.image} {environment['image'] or ''}"
+    area = settings.sandbox
+    images = {"docker": area.docker.image, "kubernetes": area.kubernetes.image}
+    return f"{area.provider} {environment['image'] or images.get(area.provider, '')}"
 
 
 class PreparingRun(ConversingRun):
@@ -243,7 +245,7 @@ class PreparingRun(ConversingRun):
                         f"The set-up script ran {age / 60:.0f} minutes ago; its result is used again."
                     )
                     return
-        began = await layers.now_inside(sandbox)
+        began = await layers.now_inside(sandbox) if keep_s else ""
         gateway = await open_gateway(
             parts.settings, parts.database, self._row, environment, self.recorder, git=work.served
         )
