@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ READY_S = 120.0
 CLEAN_S = 90.0
 DEAF_S = 15.0
 """/health may be slow while everything starts at once, on a small machine."""
+ENDING_S = 3.0
+"""From the first closed socket of a killed server to its end."""
 
 
 @dataclass
@@ -141,22 +144,33 @@ async def _talk_on(
 
 async def _listen(site: Site, over: asyncio.Event, report: Report) -> None:
     """/health answers whenever the API is there, whatever became of the rest."""
-    async with httpx.AsyncClient(trust_env=False, timeout=DEAF_S) as client:
+    # Each time a connection of its own: one that is kept may be closed by the other side just when it is used again.
+    headers = {"Connection": "close"}
+    async with httpx.AsyncClient(trust_env=False, timeout=DEAF_S, headers=headers) as client:
         ready_start = -1
         while not over.is_set():
-            start = site.api.starts
-            process = site.api.process
+            start, process, asked = site.api.starts, site.api.process, time.strftime("%X")
             try:
-                good = (await client.get(f"{site.url}/health")).status_code == 200
-            except httpx.TransportError:
-                good = False
-            here = start == site.api.starts and process is not None and process.poll() is None
-            if good:
+                answer = await client.get(f"{site.url}/health")
+                said = "" if answer.status_code == 200 else f"said {answer.status_code}"
+            except httpx.TransportError as error:
+                said = f"did not answer ({type(error).__name__}: {error})"
+            if not said:
                 ready_start = start
                 report.health += 1
-            elif here and ready_start == start:
-                report.wrong.append(f"/health did not answer at {time.strftime('%X')}, the API was there")
+            elif ready_start == start and process is not None and not await _ends(process):
+                report.wrong.append(f"/health {said}, asked at {asked}; the API was there")
             await asyncio.sleep(0.25)
+
+
+async def _ends(process: subprocess.Popen[bytes]) -> bool:
+    """A process that was killed closes its sockets first, and only then is it one that has ended."""
+    deadline = time.monotonic() + ENDING_S
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+    return True
 
 
 async def _clean(site: Site, talks: list[Talk], report: Report) -> None:

@@ -417,7 +417,8 @@ import asyncio, sys
 from pathlib import Path
 from taskyard.sandbox.kubernetes import KubernetesProvider
 from taskyard.sandbox.provider import Limits, Spec
-from taskyard.settings import KubernetesSettings, SandboxSettings, Settings
+from taskyard.settings import Settings
+from taskyard.settings.sandboxes import KubernetesSettings, SandboxSettings
 
 async def main():
     kubernetes = KubernetesSettings(namespace="taskyard-sandboxes", kubeconfig=Path(sys.argv[2]))
