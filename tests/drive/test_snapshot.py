@@ -13,6 +13,7 @@ from taskyard.drive.inside import output_file, run, script
 from taskyard.drive.snapshot import (
     SnapshotError,
     bring_files,
+    bring_forward,
     bring_workspace,
     taken_files,
     taken_workspace,
@@ -168,6 +169,65 @@ async def test_a_base_that_was_rewritten(desk: Desk, hut: Hut) -> None:
     run_git(desk.origin, "checkout", "--quiet", "main")
     await bring(desk, hut, kept)
     assert await desk.agent("git rev-parse HEAD; cat one.txt") == f"{commit}\none"
+
+
+class TestForward:
+    """The run's branch is ahead of the checkpoint."""
+
+    @pytest.fixture
+    async def pushed(self, desk: Desk) -> str:
+        run_git(desk.origin, "checkout", "--quiet", "-b", "taskyard/x")
+        for file, text in (("README.md", "published\n"), ("new.txt", "published\n")):
+            (desk.origin / file).write_text(text)
+        run_git(desk.origin, "add", "--all")
+        run_git(desk.origin, "commit", "--quiet", "-m", "later")
+        await desk.mirror.ensure()
+        return run_git(desk.origin, "rev-parse", "HEAD").strip()
+
+    async def test_what_it_changes_is_as_published_and_the_rest_stays(self, desk: Desk, pushed: str) -> None:
+        before = await desk.agent("git symbolic-ref HEAD")
+        await desk.agent(
+            "echo older > README.md; echo older > new.txt;"
+            "echo mine >> .gitignore; echo mine > mine.txt; echo x > a.log"
+        )
+        assert await bring_forward(desk.sandbox, desk.workspace, pushed, desk.mirror)
+        assert await desk.agent("git rev-parse HEAD; git symbolic-ref HEAD") == f"{pushed}\n{before}"
+        assert await desk.agent("cat README.md new.txt mine.txt a.log") == "published\npublished\nmine\nx"
+        assert await desk.agent("git status --porcelain") == "M .gitignore\n?? mine.txt"
+        assert not await bring_forward(desk.sandbox, desk.workspace, pushed, desk.mirror), "it is there"
+
+    async def test_a_file_that_is_gone(self, desk: Desk) -> None:
+        run_git(desk.origin, "rm", "--quiet", "README.md")
+        run_git(desk.origin, "commit", "--quiet", "-m", "less")
+        await desk.mirror.ensure()
+        commit = run_git(desk.origin, "rev-parse", "HEAD").strip()
+        await desk.agent("echo older > README.md")
+        assert await bring_forward(desk.sandbox, desk.workspace, commit, desk.mirror)
+        assert await desk.agent("ls; git status --porcelain") == ""
+
+    async def test_work_that_it_does_not_build_on(self, desk: Desk, pushed: str) -> None:
+        await desk.agent("echo other > other.txt; git add .; git commit -q -m other; echo more > more.txt")
+        seen = "git rev-parse HEAD; git status --porcelain; ls; cat README.md"
+        before = await desk.agent(seen)
+        assert not await bring_forward(desk.sandbox, desk.workspace, pushed, desk.mirror)
+        assert await desk.agent(seen) == before
+
+    async def test_a_repository_without_a_commit(self, tmp_path: Path, hut: Hut) -> None:
+        desk = Desk(tmp_path, await hut.sandbox())
+        run_git(desk.origin, "checkout", "--quiet", "--orphan", "empty")
+        run_git(desk.origin, "branch", "-D", "main")
+        await desk.clone()
+        (desk.origin / "first.txt").write_text("first\n")
+        run_git(desk.origin, "add", "first.txt")
+        run_git(desk.origin, "commit", "--quiet", "-m", "first")
+        await desk.mirror.ensure()
+        commit = run_git(desk.origin, "rev-parse", "HEAD").strip()
+        assert await bring_forward(desk.sandbox, desk.workspace, commit, desk.mirror)
+        assert await desk.agent("git rev-parse HEAD; cat first.txt") == f"{commit}\nfirst"
+
+    async def test_a_commit_that_the_mirror_lacks(self, desk: Desk) -> None:
+        with pytest.raises(SnapshotError, match="could not be brought to what was published"):
+            await bring_forward(desk.sandbox, desk.workspace, "1" * 40, desk.mirror)
 
 
 async def test_a_damaged_snapshot(desk: Desk, hut: Hut) -> None:

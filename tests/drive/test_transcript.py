@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from uuid import UUID
 
 import pytest
 
+from taskyard.db.engine import Database
 from taskyard.drive import transcript as transcripts
-from taskyard.drive.transcript import Transcript
+from taskyard.drive.transcript import Transcript, left_unjoined
+from taskyard.events import entries, store
 from taskyard.events.entries import Entry, Shown
 from taskyard.redact import Redactor
+from tests.support.rows import make_run
 
 
 class Sink:
@@ -43,7 +47,7 @@ def chunk(text: str, message_id: str | None = None, kind: str = "agent_message_c
 
 def made(*secrets: str) -> tuple[Sink, Transcript]:
     sink = Sink()
-    return sink, Transcript(sink, Redactor(secrets))  # type: ignore[arg-type] # a sink is all of a recorder it needs
+    return sink, Transcript(sink, Redactor(secrets))
 
 
 def test_chunks_are_streamed_and_joined_for_the_log() -> None:
@@ -147,3 +151,66 @@ def test_a_secret_in_pieces_of_any_size(size: int) -> None:
     shown = "".join(streamed(*pieces))
     assert shown.count("***") == 2
     assert shown.endswith(", not s3cret-valid")
+
+
+class TestLeftUnjoined:
+    """The text of a turn whose driver was killed."""
+
+    @pytest.fixture
+    async def run_id(self, database: Database) -> UUID:
+        return await make_run(database)
+
+    async def write(self, database: Database, run_id: UUID, *written: Entry) -> None:
+        async with database.connection() as connection:
+            await store.append(connection, run_id, written)
+
+    async def left(self, database: Database, run_id: UUID) -> list[tuple[str, str]]:
+        found = await left_unjoined(database, run_id)
+        assert all(entry.shown == Shown.LOG for entry in found)
+        updates = [json.loads(entry.data)["notification"]["params"]["update"] for entry in found]
+        return [(update["sessionUpdate"], update["content"]["text"]) for update in updates]
+
+    async def test_is_what_was_streamed_behind_the_last_joined_message(
+        self, database: Database, run_id: UUID
+    ) -> None:
+        sink, transcript = made()
+        transcript.traffic("out", {"method": "session/prompt", "params": {"sessionId": "s"}})
+        for text in ("Whole", "."):
+            transcript.update(chunk(text, "1"))
+        transcript.update(chunk("So", "2", kind="agent_thought_chunk"))
+        state = entries.raw({"type": "task_run_state", "status": "in_progress"}, Shown.STREAM)
+        await self.write(database, run_id, *sink.entries, state)
+        sink.entries.clear()
+        transcript.update({"sessionId": "s", "update": {"sessionUpdate": "usage_update", "used": 1}})
+        transcript.update(chunk(", half", "2", kind="agent_thought_chunk"))
+        await self.write(database, run_id, *sink.entries)
+        assert await self.left(database, run_id) == [("agent_thought_chunk", "So, half")]
+        await self.write(database, run_id, *await left_unjoined(database, run_id))
+        assert await self.left(database, run_id) == []
+
+    async def test_of_any_length(
+        self, database: Database, run_id: UUID, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transcripts, "PAGE", 2)
+        sink, transcript = made()
+        transcript.traffic("out", {"method": "session/prompt", "params": {"sessionId": "s"}})
+        for text in "abcde":
+            transcript.update(chunk(text))
+        await self.write(database, run_id, *sink.entries)
+        assert await self.left(database, run_id) == [("agent_message", "abcde")]
+
+    async def test_is_not_what_others_streamed(self, database: Database, run_id: UUID) -> None:
+        """Clients upload events of an agent of theirs, of any shape, also before the server's own has the run."""
+        theirs = [
+            entries.named("session/update", chunk("before"), Shown.STREAM),
+            entries.raw({"notification": {"method": "x", "params": {"sessionId": "s"}}}, Shown.STREAM),
+            entries.raw({"type": "notification", "notification": "odd"}, Shown.STREAM),
+            entries.named("session/update", {**chunk("other"), "sessionId": "t"}, Shown.STREAM),
+        ]  # fmt: skip
+        await self.write(database, run_id, *theirs)
+        assert await self.left(database, run_id) == []
+        sink, transcript = made()
+        transcript.traffic("out", {"method": "session/prompt", "params": {"sessionId": "s"}})
+        transcript.update(chunk("ours"))
+        await self.write(database, run_id, *sink.entries, *theirs[1:])
+        assert await self.left(database, run_id) == [("agent_message", "ours")]

@@ -18,9 +18,10 @@ import pytest
 from taskyard.db.engine import Database
 from taskyard.settings import RateLimitSettings, Settings
 from tests.conftest import make_settings
+from tests.support.git_http import git_server
 from tests.support.model_endpoint import Endpoint, model_endpoint
 from tests.support.processes import agents_of
-from tests.support.repositories import make_repository, run_git
+from tests.support.repositories import make_bare, make_repository, run_git
 from tests.support.site import running_worker_process
 from tests.support.yard import Yard, eventually, of_method, ok, open_yard, said
 
@@ -75,7 +76,7 @@ class Crew:
             "TASKYARD_MODELS__OPENAI__API_KEY": "sk-outside",
         }
 
-    def start(self, name: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, **env: str) -> subprocess.Popen[bytes]:
         data_dir = self._folder / name
         data_dir.mkdir()
         installed = os.environ.get("TASKYARD_TEST_DATA_DIR")
@@ -85,7 +86,7 @@ class Crew:
         objects = self._folder / "api" / "objects"
         objects.mkdir(parents=True, exist_ok=True)
         (data_dir / "objects").symlink_to(objects)
-        return self._stack.enter_context(running_worker_process(data_dir, **self._env))
+        return self._stack.enter_context(running_worker_process(data_dir, **{**self._env, **env}))
 
 
 @pytest.mark.parametrize("agent", ["scripted", "claude", "codex"])
@@ -129,3 +130,55 @@ async def test_a_killed_worker(
     if agent != "scripted":
         # The model is told what was said and done before: it is the same session.
         assert json.dumps(endpoint.model_calls()[-1].body).count("first.txt") > 1
+
+
+async def test_a_message_half_told_is_in_the_log(yard: Yard, crew: Crew) -> None:
+    """The stream has shown it, so the log has it, too: once, and before what the next worker brings."""
+    first = crew.start("first")
+    text = "WRITE a.txt a\nSAY Half told.\nSLEEP 6\nSAY All done."
+    run = await yard.api().start(text, mode="interactive", **MODELS["scripted"])
+    await eventually(run.stream_text, lambda text: "told." in text, lambda text: f"message in {text[-2000:]}")
+    assert "Half told." not in said(await run.log())
+    first.send_signal(signal.SIGKILL)
+    first.wait(60)
+    crew.start("second")
+    await run.turns(1)
+    log = await run.log()
+    assert said(log).count("Half told.") == 1
+    told = [
+        entry for entry in log if "Half told." in json.dumps(entry) and "agent_message" in json.dumps(entry)
+    ]
+    assert log.index(told[0]) < log.index(next(e for e in log if "_posthog/session/resume" in json.dumps(e)))
+    await run.cancel()
+
+
+async def test_what_was_pushed_after_the_checkpoint_stays(yard: Yard, crew: Crew, tmp_path: Path) -> None:
+    (tmp_path / "served" / "acme").mkdir(parents=True)
+    bare = make_bare(tmp_path / "served" / "acme" / "shop.git", make_repository(tmp_path / "source"))
+    with git_server(tmp_path / "served") as server:
+        name = ok(await yard.api().post("repositories/", {"origin": f"{server.url}/acme/shop.git"}), 201)[
+            "name"
+        ]
+        late = {"TASKYARD_RUNS__CHECKPOINT_S": "3600"}
+        first = crew.start("first", **late)
+        push = (
+            'SHELL git push origin "HEAD:refs/heads/taskyard/tes-0-$(echo $POSTHOG_TASK_RUN_ID | cut -c1-8)"'
+        )
+        text = f"WRITE a.txt one\nCOMMIT first\n{push}\nSLEEP 60"
+        run = await yard.api().start(text, repository=name, **MODELS["scripted"])
+        branch = f"taskyard/tes-0-{run.id[:8]}"
+        pushed = await eventually(lambda: branch_of(bare, branch), bool, lambda _: "push")
+        first.send_signal(signal.SIGKILL)
+        first.wait(60)
+        crew.start("second", **late)
+        body = await run.status("completed", "failed")
+        assert (body["status"], body["error_message"]) == ("completed", None)
+    assert body["output"]["head_branch"] == branch
+    assert run_git(bare, "log", "--format=%H", f"main..{branch}").split()[-1] == pushed
+    assert run_git(bare, "show", f"{branch}:a.txt").strip() == "one"
+    lines = [params["message"] for params in of_method(await run.log(), "_posthog/console")]
+    assert f"The workspace goes on from the published commit {pushed[:12]}." in lines
+
+
+async def branch_of(bare: Path, branch: str) -> str:
+    return run_git(bare, "for-each-ref", "--format=%(objectname)", f"refs/heads/{branch}").strip()

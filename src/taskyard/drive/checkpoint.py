@@ -2,7 +2,7 @@
 
 It has two parts, each an object in object storage: the workspace (a git bundle of all branches and of the
 uncommitted files; without a repository an archive) and the agent's session files. A part is written anew only
-when it has changed.
+when it has changed. With them goes what the workspace was made from, and what the run had pushed by then.
 """
 
 from __future__ import annotations
@@ -87,6 +87,10 @@ class Keeper:
     ) -> None:
         parts = dict(self.newest.parts) if self.newest else {}
         new: list[str] = []
+        # Before the workspace is looked at: what is pushed meanwhile may not be in it.
+        pushed = {"commit": work.newest_push}
+        changed = parts.get("pushed", {"commit": None}) != pushed
+        parts["pushed"] = pushed
         if work.workspace is not None:
             async with snapshot.taken_workspace(sandbox, work.workspace, _hash(parts, "workspace")) as found:
                 if found is not None:
@@ -108,7 +112,7 @@ class Keeper:
             ) as session:
                 if session is not None:
                     parts["session"] = await self._store(session, new)
-        if new or progress or self.newest is None or session_id != self.newest.session_id:
+        if new or changed or progress or self.newest is None or session_id != self.newest.session_id:
             await self._write(Checkpoint(adapter.name, session_id, parts), new, progress=progress)
 
     async def _store(self, taken: Taken, new: list[str]) -> Json:
@@ -165,6 +169,11 @@ def base_of(kept: Checkpoint | None) -> Workspace | None:
     """The workspace that a checkpoint was made of."""
     base = kept.parts.get("base") if kept else None
     return None if base is None else Workspace(base["path"], base["branch"], base["commit"])
+
+
+def pushed_before(kept: Checkpoint | None) -> str | None:
+    """The commit that the run had pushed last when a checkpoint was made."""
+    return kept.parts.get("pushed", {}).get("commit") if kept else None
 
 
 def _hash(parts: Json, name: str) -> str:

@@ -26,6 +26,7 @@ from taskyard.drive.failures import AgentLost, BudgetSpent, Ended, ErrorType, Le
 from taskyard.drive.held import Parts
 from taskyard.drive.setup import PreparingRun
 from taskyard.drive.traffic import budget_end
+from taskyard.drive.transcript import left_unjoined
 from taskyard.drive.watch import URGENT
 from taskyard.events import entries
 from taskyard.events.store import LeaseLostError
@@ -70,6 +71,7 @@ class Driver(PreparingRun):
         """From the claimed lease until the run is let go of. Never raises what a run can fail of."""
         try:
             await self._load()
+            await self._join_text()
             if self._row["started_at"] is None:
                 return
             self._resumed = self._row["status"] != "queued" and self.lease.attempt > 1
@@ -218,6 +220,13 @@ class Driver(PreparingRun):
         )
         self._row = rows[0] | {"state": as_object(rows[0]["state"])}
         self._task = self._row["task"]
+
+    async def _join_text(self) -> None:
+        """Who drove the run before may have been killed with a message half told: then the log has it from here."""
+        lease = self.lease
+        if lease.generation > 1:
+            left = await self._patiently(lambda: left_unjoined(self.parts.database, lease.run_id))
+            self.recorder.add(*left)
 
     # --- letting go ---
 

@@ -11,7 +11,7 @@ import structlog
 
 from taskyard.db.engine import Row
 from taskyard.drive import layers
-from taskyard.drive.checkpoint import Keeper, base_of
+from taskyard.drive.checkpoint import Keeper, base_of, pushed_before
 from taskyard.drive.failures import AgentLost, Ended, ErrorType, Leave, OutputGiven, RunFailure
 from taskyard.drive.hooks import run_setup
 from taskyard.drive.result import submit_tool
@@ -199,6 +199,8 @@ class PreparingRun(ConversingRun):
                     await work.check_out_again(base)
                 if kept is not None:
                     await self._bring(keeper, sandbox, work, kept)
+                if self._resumed:
+                    await self._catch_up(keeper, work)
             if self._row["branch"] is None:
                 await self._change(state={"pr_base_branch": work.base_branch})
         elif kept is not None and "files" in kept.parts:
@@ -211,6 +213,15 @@ class PreparingRun(ConversingRun):
             await keeper.bring_workspace(sandbox, work, kept)
         except (SnapshotError, StorageError) as error:
             raise RunFailure("resume_failed", error.detail) from error
+
+    async def _catch_up(self, keeper: Keeper, work: Work) -> None:
+        """What was pushed after the checkpoint was made would be lost when the next work is pushed."""
+        try:
+            commit = await work.catch_up(pushed_before(keeper.newest))
+        except SnapshotError as error:
+            raise RunFailure("resume_failed", error.detail) from error
+        if commit is not None:
+            await self._say(f"The workspace goes on from the published commit {commit[:12]}.")
 
     async def _bring_session(self, kept: Checkpoint) -> bool:
         """The agent's session files; without them it gets the conversation as a text."""

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from taskyard.drive.inside import NOTHING, TooLargeError, TooSlowError, feed, output_file, said, script
+from taskyard.drive.inside import NOTHING, TooLargeError, TooSlowError, feed, output_file, run, said, script
 from taskyard.drive.workspace import ADD, MIRROR_INSIDE, Workspace, bounded
 from taskyard.errors import TaskyardError
 from taskyard.forge.git import Mirror
@@ -62,14 +62,23 @@ echo "checkpoint $commit $(git symbolic-ref --quiet HEAD)" >&2
 git bundle create --quiet - --branches refs/taskyard/checkpoint $2 2>/dev/null
 """
 
+# From the mirror, any commit that it has.
+_FETCH = """
+from_mirror() {
+  git fetch --quiet --no-tags \
+    --upload-pack="git -c safe.directory=$1 -c uploadpack.allowAnySHA1InWant=true upload-pack" "$1" "$2"
+}
+"""
+
 # $1 = path, $2 = snapshot, $3 = branch ref or empty, $4 = base commit or empty, $5 = mirror.
-_BRING = """
+_BRING = (
+    _FETCH
+    + """
 cd -- "$1" || exit
 bundle=$(mktemp -p "$HOME") && trap 'rm -f "$bundle"' EXIT && cat > "$bundle" || exit
 if [ -n "$4" ] && ! git cat-file -e "$4" 2>/dev/null; then
   # The base branch was rewritten meanwhile.
-  git fetch --quiet --no-tags \
-    --upload-pack="git -c safe.directory=$5 -c uploadpack.allowAnySHA1InWant=true upload-pack" "$5" "$4" || exit
+  from_mirror "$5" "$4" || exit
 fi
 git fetch --quiet --no-tags --update-head-ok "$bundle" \
   '+refs/heads/*:refs/heads/*' '+refs/taskyard/checkpoint:refs/taskyard/checkpoint' || exit
@@ -85,6 +94,7 @@ if [ -n "$3" ]; then git symbolic-ref HEAD "$3"; else git update-ref --no-deref 
 git read-tree --reset -u "$2" || exit
 if [ -n "$head" ]; then git reset --quiet --mixed "$head"; else git read-tree --empty; fi
 """
+)
 
 
 @contextlib.asynccontextmanager
@@ -125,6 +135,31 @@ async def bring_workspace(
     )
     if code != 0:
         raise SnapshotError(f"The workspace could not be brought back: {reason}")
+
+
+# $1 = path, $2 = commit, $3 = mirror. Exit status NOTHING: HEAD is not one of the commits that it builds on.
+# What changed from HEAD to it is as it is there, whatever the files were like; all others stay.
+_FORWARD = (
+    _FETCH
+    + f"""
+cd -- "$1" && from_mirror "$3" "$2" || exit
+head=$(git rev-parse --quiet --verify HEAD)
+[ "$head" != "$2" ] || exit {NOTHING}
+[ -z "$head" ] || git merge-base --is-ancestor "$head" "$2" || exit {NOTHING}
+git read-tree --reset -u ${{head:+"$head"}} "$2" && git update-ref HEAD "$2"
+"""
+)
+
+
+async def bring_forward(sandbox: Sandbox, workspace: Workspace, commit: str, mirror: Mirror) -> bool:
+    """Bring a workspace to a commit that builds on its HEAD; False when that does not. Raises SnapshotError."""
+    argv = script(_FORWARD, workspace.path, commit, MIRROR_INSIDE)
+    code, _, reason = await run(
+        sandbox, argv, timeout=TIMEOUT_S, env=bounded(workspace), mounts=(Mount(mirror.path, MIRROR_INSIDE),)
+    )
+    if code not in {0, NOTHING}:
+        raise SnapshotError(f"The workspace could not be brought to what was published: {reason}")
+    return code == 0
 
 
 # $1 = folder, then what of it to keep.

@@ -6,11 +6,13 @@ Streamed text is shown live chunk by chunk, and kept in the log as one joined me
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import Any, Literal, Protocol
+from uuid import UUID
 
-from taskyard.drive.recorder import Recorder
-from taskyard.events import entries
-from taskyard.events.entries import Shown
+from taskyard.db.engine import Database
+from taskyard.events import entries, store
+from taskyard.events.entries import Entry, Shown
 from taskyard.redact import Redactor
 
 Json = dict[str, Any]
@@ -21,10 +23,14 @@ MAX_JOINED = 4 * 1024 * 1024
 """Characters of one joined entry; an agent that never ends its message must not fill the memory."""
 
 
+class Record(Protocol):
+    def add(self, *entries: Entry) -> None: ...
+
+
 class Transcript:
     """Feed it everything that is said to and by the agent, in order."""
 
-    def __init__(self, recorder: Recorder, secrets: Redactor | None = None) -> None:
+    def __init__(self, recorder: Record, secrets: Redactor | None = None) -> None:
         self._recorder = recorder
         self._secrets = secrets or Redactor()
         self._held = ""
@@ -115,3 +121,39 @@ def _text(update: Json) -> str | None:
     if isinstance(content, dict) and content.get("type") == "text" and isinstance(content.get("text"), str):
         return str(content["text"])
     return None
+
+
+class _ForTheLog:
+    """A record that keeps what only the log shows."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    def add(self, *entries: Entry) -> None:
+        self.entries += [entry for entry in entries if entry.shown == Shown.LOG]
+
+
+PAGE = 1000
+
+
+async def left_unjoined(database: Database, run_id: UUID) -> list[Entry]:
+    """What the log lacks of a turn whose driver was killed: the text that was streamed and not joined yet."""
+    prompt = await store.last_prompt(database, run_id)
+    if prompt is None:
+        return []
+    session_id = json.loads(prompt.data)["notification"]["params"]["sessionId"]
+    found = _ForTheLog()
+    transcript = Transcript(found)
+    after = prompt.seq
+    kinds = [*JOINED.values()]
+    while page := await store.streamed_since(database, run_id, kinds, after=after, limit=PAGE):
+        for item in page:
+            try:
+                params = json.loads(item.data)["notification"]["params"]
+                if params["sessionId"] == session_id and params["update"]["sessionUpdate"] in JOINED:
+                    transcript.update(params)
+            except (KeyError, TypeError):  # something else
+                continue
+        after = page[-1].seq
+    transcript.end_text()
+    return found.entries

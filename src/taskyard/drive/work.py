@@ -9,6 +9,7 @@ from contextlib import suppress
 from taskyard.agents.adapters import GATEWAY
 from taskyard.db.engine import Database, Row
 from taskyard.drive import publish as publishing
+from taskyard.drive import snapshot
 from taskyard.drive import workspace as workspaces
 from taskyard.drive.credentials import git_repository, git_variables, run_credentials
 from taskyard.drive.publish import Published, branch_name
@@ -17,7 +18,7 @@ from taskyard.drive.workspace import IDENTITY, Workspace, WorkspaceError
 from taskyard.events import entries
 from taskyard.events.store import LeaseLostError
 from taskyard.forge import service as forge
-from taskyard.forge.git import Mirror, Origin
+from taskyard.forge.git import BranchNotFoundError, Mirror, Origin
 from taskyard.gateway.server import GitRepository
 from taskyard.sandbox.provider import Sandbox
 from taskyard.settings import Settings
@@ -78,6 +79,30 @@ class Work:
         except WorkspaceError:
             clone = await self._clone(None)
         self.workspace = Workspace(clone.path, base.base_branch, base.base_commit)
+
+    @property
+    def newest_push(self) -> str | None:
+        """The commit that the run pushed last, or was about to push."""
+        return self._row["pushed"][-1] if self._row["pushed"] else None
+
+    async def catch_up(self, known: str | None) -> str | None:
+        """Go on from what the run has published and its checkpoint lacks; the commit, None when there is nothing.
+
+        known: the newest push when the checkpoint was made. What the agent took back after that stays so. Commits of
+        others on the run's branch are not taken: publishing tells of them. Raises SnapshotError.
+        """
+        if self.workspace is None or self.mirror is None:
+            return None
+        with suppress(BranchNotFoundError):
+            _, commit = await self.mirror.resolve(self._branch)
+            if (
+                commit is not None
+                and commit != known
+                and commit in {self._published, *self._pushed}
+                and await snapshot.bring_forward(self._sandbox, self.workspace, commit, self.mirror)
+            ):
+                return commit
+        return None
 
     async def use_again(self, base: Workspace) -> None:
         """Go on in the folder of a sandbox that is still there. Raises WorkspaceError when it is damaged."""

@@ -189,6 +189,29 @@ async def read(database: Database, run_id: UUID, shown: Shown, *, after: int, li
     return [Stored(row["seq"], row["at_ms"], row["data"]) for row in rows]
 
 
+async def last_prompt(database: Database, run_id: UUID) -> Stored | None:
+    """What the driver of a run last told its agent. Clients write for the log or for the stream, never for both."""
+    row = await database.fetch_one(
+        "SELECT seq, at_ms, data FROM events WHERE run_id = %(run)s AND shown = 3 AND kind = 'session/prompt'"
+        " ORDER BY seq DESC LIMIT 1",
+        run=run_id,
+    )
+    return None if row is None else Stored(row["seq"], row["at_ms"], row["data"])
+
+
+async def streamed_since(
+    database: Database, run_id: UUID, kinds: Sequence[str], *, after: int, limit: int
+) -> list[Stored]:
+    """Up to `limit` entries for the stream alone, above `after` and behind all of these kinds for the log alone."""
+    rows = await database.fetch(
+        "SELECT seq, at_ms, data FROM events WHERE run_id = %(run)s AND shown = 2 AND seq > greatest(%(after)s,"
+        " (SELECT max(seq) FROM events WHERE run_id = %(run)s AND shown = 1 AND kind = ANY(%(kinds)s)))"
+        " ORDER BY seq LIMIT %(limit)s",
+        run=run_id, after=after, kinds=list(kinds), limit=limit,
+    )  # fmt: skip
+    return [Stored(row["seq"], row["at_ms"], row["data"]) for row in rows]
+
+
 def _matching(run_id: UUID, wanted: Filter) -> dict[str, Any]:
     return {"run": run_id, "stamped": wanted.after, "kinds": wanted.kinds, "without": wanted.without}
 
