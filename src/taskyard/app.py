@@ -46,14 +46,13 @@ from taskyard.tasks.inserts import Inserts
 log = structlog.get_logger()
 
 
-def create_app(settings: Settings, database: Database) -> ASGIApp:
-    """The API over an open, migrated database."""
-    app = heads_and_options(application(settings, database))
-    return cross_origin(app, rules(settings))
+def asgi(app: Litestar, settings: Settings) -> ASGIApp:
+    """The API as a server runs it: it also answers HEAD, OPTIONS and browsers of other origins."""
+    return cross_origin(heads_and_options(app), rules(settings))
 
 
 def application(settings: Settings, database: Database) -> Litestar:
-    """The same with its table of routes."""
+    """The API over an open, migrated database."""
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ import uvicorn
 import uvloop
 
 from taskyard.accounts.admin import First, bootstrap
-from taskyard.app import create_app
+from taskyard.app import application, asgi
 from taskyard.db.embedded import ServeLock
 from taskyard.db.engine import Database, open_database
 from taskyard.errors import SetupError
@@ -114,8 +115,9 @@ async def _serve(settings: Settings, host: str, port: int, stop: Stop, *, worker
 @asynccontextmanager
 async def listening(settings: Settings, database: Database, host: str, port: int) -> AsyncIterator[str]:
     """The HTTP server, listening; its URL."""
+    api = application(settings, database)
     config = uvicorn.Config(
-        create_app(settings, database),
+        asgi(api, settings),
         host=host,
         port=port,
         log_config=None,
@@ -125,7 +127,12 @@ async def listening(settings: Settings, database: Database, host: str, port: int
         timeout_graceful_shutdown=3,
         server_header=False,
     )
-    server = Server(config)
+
+    def end_streams() -> None:
+        """Who follows a run goes on at another process, or when this one is back."""
+        api.state.tails.end()
+
+    server = Server(config, end_streams)
     task = asyncio.create_task(server.serve(), name="http")
     started = asyncio.create_task(server.listening.wait())
     await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
@@ -148,14 +155,19 @@ async def listening(settings: Settings, database: Database, host: str, port: int
 class Server(uvicorn.Server):
     """uvicorn without its own signal handling, that tells when it listens."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, before_stop: Callable[[], object] = lambda: None) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._before_stop = before_stop
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are for the whole process (`_run`): clients still hear how runs end while the worker drains."""
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._before_stop()
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: object = None) -> None:
         try:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import psycopg
 
 from taskyard.db.embedded import running_url
@@ -67,6 +68,25 @@ def test_kill_of_the_server_is_survived(tmp_path: Path) -> None:
         assert "three" in log
     assert not any((data / "sandboxes").iterdir())
     assert postgres_of(data) == []
+
+
+def test_a_stop_ends_the_streams(tmp_path: Path) -> None:
+    """Their readers go on when it is back: the end of a stream is not the end of a run."""
+    with running_site(tmp_path / "data") as site:
+        task = site.call("POST", "tasks/", json={"description": "SAY hello"}).json()
+        body = {"agent": "scripted", "mode": "interactive"}
+        run = site.call("POST", f"tasks/{task['id']}/run/", json=body).json()["latest_run"]
+        path = f"{site.url}/api/projects/@current/tasks/{task['id']}/runs/{run['id']}/stream/"
+        headers = {"Authorization": f"Bearer {site.key}"}
+        with httpx.stream("GET", path, headers=headers, timeout=DEADLINE_S, trust_env=False) as stream:
+            lines = stream.iter_lines()
+            assert any("turn_complete" in line for line in lines)
+            site.process.send_signal(signal.SIGTERM)
+            for _ in lines:
+                pass
+        assert site.process.wait(DEADLINE_S) == 0
+        assert "Traceback" not in site.said()
+        assert "Cancel" not in site.said()
 
 
 def test_a_second_signal_hands_over_at_once(tmp_path: Path) -> None:

@@ -309,3 +309,18 @@ async def test_nothing_is_left_of_readers_that_leave(database: Database, tails: 
         await reader.leave()
     assert tails._tails == {}
     assert hub._calls == {}
+
+
+async def test_a_process_that_stops_ends_what_is_followed(database: Database, tails: Tails) -> None:
+    run_id = await make_run(database)
+    await append(database, run_id, "one")
+    waiting, sending = Reader(tails, run_id), Reader(tails, run_id)
+    sending.may_read.clear()
+    for reader in (waiting, sending):
+        await reader.has(1)
+    tails.end()
+    sending.may_read.set()
+    late = Reader(tails, run_id)
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.gather(waiting.task, sending.task, late.task)
+    assert late.frames == []

@@ -42,6 +42,10 @@ class Batch:
     over: bool
 
 
+def _end(after: int) -> Batch:
+    return Batch(after, b"", over=True)
+
+
 Waiter = asyncio.Future["Batch | None"]
 
 
@@ -53,6 +57,14 @@ class Tails:
         self._hub = hub
         self._tails: dict[UUID, Tail] = {}
         self.kept_bytes = 0
+        self.ended = False
+        """This process stops: readers are told that nothing comes, and go on at another one."""
+
+    def end(self) -> None:
+        """End what all readers follow, now and from now on."""
+        self.ended = True
+        for tail in list(self._tails.values()):
+            tail.end()
 
     @contextmanager
     def follow(self, run_id: UUID) -> Iterator[Reader]:
@@ -85,9 +97,9 @@ class Reader:
 
     async def next(self, after: int, patience_s: float) -> Batch | None:
         """What follows the number `after`; None when that was nothing for so many seconds."""
-        kept = self._tail.kept(after)
-        if kept is not None:
-            return kept
+        at_once = self._tail.at_once(after)
+        if at_once is not None:
+            return at_once
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
         self._give_up_at = loop.time() + patience_s
@@ -125,9 +137,9 @@ class Tail:
         """By the number that they follow, oldest first."""
         self._kept_bytes = 0
 
-    def kept(self, after: int) -> Batch | None:
+    def at_once(self, after: int) -> Batch | None:
         """What follows the number `after`, if it is at hand."""
-        return self._kept.get(after)
+        return _end(after) if self._tails.ended else self._kept.get(after)
 
     async def wait(self, after: int, waiter: Waiter) -> Batch | None:
         """What follows the number `after`, or what somebody else sets as the waiter's result."""
@@ -167,6 +179,10 @@ class Tail:
             self._forget(TAIL_BYTES)
             if self._tails.kept_bytes > KEPT_BYTES:
                 self._forget(0)
+
+    def end(self) -> None:
+        for place in list(self._places.values()):
+            place.give(_end(place.number))
 
     def leave(self, place: Place) -> None:
         place.close()
