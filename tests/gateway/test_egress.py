@@ -434,8 +434,9 @@ async def test_a_tunnel_to_port_80_is_read(monkeypatch: pytest.MonkeyPatch) -> N
         b"SSH-2.0-x\r\n\r\n",
         client_hello("allowed.test") + b"\r\n\r\n",
         b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n",
     ],
-    ids=["ssh", "tls", "connect"],
+    ids=["ssh", "tls", "connect", "connect to a path"],
 )
 async def test_a_tunnel_to_port_80_takes_nothing_else(first: bytes) -> None:
     async with (

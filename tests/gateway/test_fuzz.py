@@ -246,6 +246,7 @@ def hold_to_the_rules(outside: Outside, written: bytes) -> None:
             assert may_reach(name, int(port or 80)), shown
             assert request.origin.port == int(port or 80)
             assert target.startswith(b"/")
+            assert request.method != "CONNECT"
             assert not secrets
     for name in outside.looked_up:
         assert name in ("allowed.test", "odd.test") or name.endswith(".wild.test"), name

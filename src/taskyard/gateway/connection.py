@@ -88,7 +88,7 @@ class Connection:
         if self._within is not None:
             if spent := side.traffic.exceeded:
                 return Refused(403, spent)
-            if not target.startswith("/"):
+            if method == "CONNECT" or not target.startswith("/"):
                 return Refused(400, "a tunnel to port 80 takes requests for paths of its host.")
             return PlainExchange(self._within, target, side.traffic)
         if method == "CONNECT" or not target.startswith("/"):
