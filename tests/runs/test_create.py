@@ -209,6 +209,24 @@ class TestAuthorship:
             "code"
         ] == "github_authorization_required"
 
+    async def test_a_return_to_the_cloud_is_checked_too(self, yard: Yard) -> None:
+        api = yard.api()
+        task = await api.create_task(repository="acme/shop")
+        asked = {"pr_authorship_mode": "user", "github_user_token": "ghu_secret"}
+        run = Run(api, task["id"], (await run_task(api, task, **asked))["id"])
+        await run.patch(environment="local", status="in_progress")
+        await yard.database.execute("UPDATE run_user_tokens SET expires_at = expires_at - interval '1 day'")
+        answer = error(
+            await api.post(run.path("resume_in_cloud/")),
+            400,
+            "github_authorization_required",
+            "pr_authorship_mode",
+        )
+        assert answer["type"] == "validation_error"
+        assert (await run.fetch())["environment"] == "local"
+        await yard.database.execute("UPDATE run_user_tokens SET expires_at = expires_at + interval '1 day'")
+        assert ok(await api.post(run.path("resume_in_cloud/")))["environment"] == "cloud"
+
     async def test_the_token_is_kept_encrypted_for_user_work_only(self, yard: Yard) -> None:
         api = yard.api()
         task = await api.create_task(repository="acme/shop")

@@ -20,6 +20,7 @@ from taskyard.runs.choices import Choices, check_runtime, chosen, inherit, state
 from taskyard.runs.schemas import PENDING_KEYS, Authorship, RunCreate, RunFields, RunStart, RunTask, RunUpdate
 from taskyard.settings import Settings
 from taskyard.tasks import service as tasks
+from taskyard.tasks.present import as_object
 
 USER_TOKEN_HOURS = 6
 USER_ORIGINS = ("", "user_created", "slack")
@@ -111,7 +112,9 @@ async def _insert(
     """Steps 5, 6, 8 and 10 of §4.8.2."""
     if body.priority > 0 and caller.role != "admin" and not caller.is_staff:
         raise PermissionDeniedError("Only admins of the project may give a run a priority above 0.")
-    await _check_authorship(connection, caller, task, choices, body.github_user_token)
+    if body.github_user_token is None:
+        how = "send github_user_token, or use pr_authorship_mode 'bot'"
+        await _check_authorship(connection, caller, task, choices.pr_authorship_mode, how)
     if (wanted := choices.sandbox_environment_id) is not None:
         usable = await environments.accessible(connection, caller.project.id, wanted, task["created_by_id"])
         if usable is None and body.sandbox_environment_id is not None:
@@ -142,18 +145,18 @@ def _default_authorship(task: Row) -> Authorship:
 
 
 async def _check_authorship(
-    connection: Connection, caller: Caller, task: Row, choices: Choices, token: str | None
+    connection: Connection, caller: Caller, task: Row, mode: str | None, how: str
 ) -> None:
     """Who asks for commits as themselves on GitHub must be able to push there (step 5); the default never fails.
 
     A repository that was registered here needs no GitHub.
     """
-    if choices.pr_authorship_mode != Authorship.USER or not task["repository"] or token is not None:
+    if mode != Authorship.USER or not task["repository"]:
         return
     if await forge.taken(connection, caller.project.id, task["repository"]):
         return
     raise InvalidInputError(
-        "Your GitHub account is not linked: send github_user_token, or use pr_authorship_mode 'bot'.",
+        f"Your GitHub account is not linked: {how}.",
         code="github_authorization_required",
         attr="pr_authorship_mode",
     )
@@ -255,7 +258,13 @@ async def resume_in_cloud(connection: Connection, caller: Caller, task_id: UUID,
     row = await locked(connection, caller, task_id, run_id)
     if row["environment"] == "cloud" and row["status"] in ("queued", "in_progress"):
         raise InvalidInputError(body={"error": "Run is already active in cloud"})
-    await tasks.find(connection, caller, task_id)
+    task = await tasks.find(connection, caller, task_id)
+    if await store.user_token(connection, run_id) is None:
+        # No request brings a token to a run that is there.
+        how = "resume the run by a new one (resume_from_run_id), with github_user_token or pr_authorship_mode 'bot'"
+        await _check_authorship(
+            connection, caller, task, as_object(row["state"]).get("pr_authorship_mode"), how
+        )
     await store.take_away(connection, run_id)
     if row["environment"] == "local":
         await resume.forget_checkpoint(connection, run_id)

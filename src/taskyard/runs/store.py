@@ -11,7 +11,7 @@ from uuid import UUID
 from psycopg.types.json import Jsonb
 
 from taskyard.accounts.caller import Caller
-from taskyard.db.engine import Connection, Database, Row
+from taskyard.db.engine import Connection, Database, Row, fetch_one
 from taskyard.runs.schemas import TERMINAL
 from taskyard.tasks import filters
 
@@ -219,9 +219,10 @@ async def keep_user_token(connection: Connection, run_id: UUID, sealed: bytes, h
     )
 
 
-async def user_token(database: Database, run_id: UUID) -> bytes | None:
+async def user_token(source: Database | Connection, run_id: UUID) -> bytes | None:
     """The encrypted token that is kept beside a run; None when there is none, or it has expired."""
-    row = await database.fetch_one(
+    row = await fetch_one(
+        source,
         "SELECT token FROM run_user_tokens WHERE run_id = %(run)s AND expires_at > clock_timestamp()",
         run=run_id,
     )
