@@ -11,6 +11,7 @@ from taskyard.db.engine import Database
 from taskyard.environments import service
 from taskyard.environments.domains import built_in
 from taskyard.settings import Settings
+from taskyard.settings.sandboxes import SandboxSettings
 from tests.support.yard import Api, Yard, error, ok, open_yard
 
 KEYS = [
@@ -277,3 +278,27 @@ async def test_an_image(yard: Yard) -> None:
     for bad in ("", "a b", "-v/etc:/etc", "x\u0000", "é", "a" * 256):
         answer = await api.post("sandbox_environments/", {"name": "e", "image": bad})
         error(answer, 400, answer.json()["code"], "image")
+
+
+async def test_images_that_the_site_allows(settings: Settings, database: Database) -> None:
+    allowed = SandboxSettings(images=["agents:1", "registry.example.org/agents/*"])
+    own = settings.model_copy(update={"sandbox": allowed})
+    async with open_yard(own, database) as yard:
+        api = yard.api()
+        for image in ("agents:1", "registry.example.org/agents/big:2", None):
+            made = await create(api, image=image)
+            assert made["image"] == image
+        path = f"sandbox_environments/{made['id']}/"
+        for image in (
+            "agents:12",
+            "agents",
+            "registry.example.org/agents",
+            "x/registry.example.org/agents/big",
+        ):
+            for refused in (
+                await api.post("sandbox_environments/", {"name": "e", "image": image}),
+                await api.patch(path, {"image": image}),
+            ):
+                detail = error(refused, 400, "invalid_input", "image")["detail"]
+                assert detail.endswith("allows for sandboxes: agents:1, registry.example.org/agents/*.")
+        assert ok(await api.get(path))["image"] is None

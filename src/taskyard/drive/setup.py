@@ -41,8 +41,11 @@ SPARE_S = 600.0
 
 
 def spec_of(settings: Settings, name: str, environment: Row | None) -> Spec:
-    """The sandbox that a run of this name gets."""
+    """The sandbox that a run of this name gets. Raises SandboxError when the site does not allow its image."""
     limits = settings.sandbox
+    image = environment["image"] if environment is not None else None
+    if (problem := limits.image_problem(image)) is not None:
+        raise SandboxError(problem)
     return Spec(
         id=name,
         limits=Limits(
@@ -52,7 +55,7 @@ def spec_of(settings: Settings, name: str, environment: Row | None) -> Spec:
             tmp_mb=limits.tmp_mb,
             disk_mb=limits.disk_mb or None,
         ),
-        image=environment["image"] if environment is not None else None,
+        image=image,
         needs=frozenset(limits.require),
     )
 

@@ -15,7 +15,7 @@ from taskyard.db.engine import Connection, Database, Row
 from taskyard.environments import store
 from taskyard.environments.schemas import EnvironmentCreate, EnvironmentUpdate
 from taskyard.environments.secrets import opening_box, sealing_box
-from taskyard.errors import NotFoundError
+from taskyard.errors import InvalidInputError, NotFoundError
 from taskyard.settings import Settings
 
 RESERVED = re.compile(
@@ -31,6 +31,7 @@ RESERVED = re.compile(
 
 async def create(connection: Connection, caller: Caller, settings: Settings, body: EnvironmentCreate) -> Row:
     """A new environment of the caller's project, as stored (tasks-api §9)."""
+    _check_image(settings, body)
     fields = {name: getattr(body, name) for name in store.COLUMNS if name != "variables"}
     fields["mcp_servers"] = _servers(body)
     fields["variables"] = await _sealed(connection, settings, body.environment_variables)
@@ -42,6 +43,7 @@ async def update(
     connection: Connection, caller: Caller, settings: Settings, environment_id: UUID, body: EnvironmentUpdate
 ) -> Row:
     """Only the sent fields change; sent variables replace the whole map."""
+    _check_image(settings, body)
     before = await find(connection, caller, environment_id)
     changes: dict[str, Any] = body.sent()
     if "mcp_servers" in changes:
@@ -55,6 +57,11 @@ async def update(
     if row is None:
         raise NotFoundError
     return row
+
+
+def _check_image(settings: Settings, body: EnvironmentUpdate) -> None:
+    if (problem := settings.sandbox.image_problem(body.image)) is not None:
+        raise InvalidInputError(problem, attr="image")
 
 
 def _servers(body: EnvironmentUpdate) -> Jsonb:

@@ -78,3 +78,15 @@ class SandboxSettings(Area):
     kubernetes: KubernetesSettings = KubernetesSettings()
     require: list[Capability] = []
     """What sandboxes must have: runs fail on a worker that cannot give it, instead of going without."""
+    images: list[str] | None = None
+    """Images that environments may name: whole names, or beginnings of names with a `*` behind. Unset: any."""
+
+    def image_problem(self, image: str | None) -> str | None:
+        """Why an environment may not name this image, as a sentence; None when it may."""
+        if image is None or self.images is None:
+            return None
+        for one in self.images:
+            if image == one or (one.endswith("*") and image.startswith(one[:-1])):
+                return None
+        known = ", ".join(self.images) or "none"
+        return f"The image '{image}' is not one of those that this site allows for sandboxes: {known}."
