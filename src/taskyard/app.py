@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import structlog
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.datastructures import State
+from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,7 +32,7 @@ from taskyard.errors import (
 from taskyard.events.record import Record
 from taskyard.events.tail import Tails
 from taskyard.forge.api import RepositoryController
-from taskyard.http import answer
+from taskyard.http import answer, encode
 from taskyard.idempotency import idempotent
 from taskyard.objects.api import download, upload
 from taskyard.objects.service import open_store
@@ -47,8 +49,8 @@ log = structlog.get_logger()
 
 
 def asgi(app: Litestar, settings: Settings) -> ASGIApp:
-    """The API as a server runs it: it also answers HEAD, OPTIONS and browsers of other origins."""
-    return cross_origin(heads_and_options(app), rules(settings))
+    """The API as a server runs it: it also answers HEAD, OPTIONS, browsers of other origins, and at its stop."""
+    return cross_origin(until_the_stop(heads_and_options(app)), rules(settings))
 
 
 def application(settings: Settings, database: Database) -> Litestar:
@@ -179,5 +181,37 @@ def heads_and_options(app: ASGIApp) -> ASGIApp:
         if method == "HEAD":
             scope = cast("Scope", {**scope, "method": "GET"})
         await app(scope, receive, edit)
+
+    return wrapped
+
+
+def until_the_stop(app: ASGIApp) -> ASGIApp:
+    """A request that the stop of the server cuts short is answered 503, if its answer has not begun."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await app(scope, receive, send)
+            return
+        begun = False
+
+        async def watch(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await app(scope, receive, watch)
+        except asyncio.CancelledError:  # nothing else cancels a request
+            log.warning("the stop cut a request short", method=scope["method"], path=scope["path"])
+            if not begun:
+                error = ServiceUnavailableError("The server is stopping. Send the request again.")
+                body = encode(error.envelope())
+                headers = [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(body)).encode()),
+                    (b"retry-after", b"5"),
+                ]
+                await send({"type": "http.response.start", "status": error.status, "headers": headers})
+                await send({"type": "http.response.body", "body": body, "more_body": False})
 
     return wrapped

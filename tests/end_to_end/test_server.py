@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import psycopg
@@ -87,6 +88,23 @@ def test_a_stop_ends_the_streams(tmp_path: Path) -> None:
         assert site.process.wait(DEADLINE_S) == 0
         assert "Traceback" not in site.said()
         assert "Cancel" not in site.said()
+
+
+def test_a_request_that_a_stop_cuts_short(tmp_path: Path) -> None:
+    with running_site(tmp_path / "data") as site:
+        address = urlsplit(site.url)
+        with socket.create_connection((address.hostname, address.port), timeout=DEADLINE_S) as half:
+            half.sendall(
+                b"POST /api/projects/@current/tasks/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Authorization: Bearer %s\r\nContent-Length: 100\r\n\r\n{" % site.key.encode()
+            )
+            assert site.call("GET", "/ready").json() == {"status": "ready"}
+            site.process.send_signal(signal.SIGTERM)
+            head, _, body = b"".join(iter(lambda: half.recv(65536), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(body)["detail"] == "The server is stopping. Send the request again."
+        assert site.process.wait(DEADLINE_S) == 0
+        assert "Traceback" not in site.said()
 
 
 def test_a_second_signal_hands_over_at_once(tmp_path: Path) -> None:
