@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 from ipaddress import ip_address
 from typing import Any
 
@@ -128,7 +130,7 @@ async def test_a_name_is_asked_once_and_only_public_addresses_are_used(
 ) -> None:
     names = Names(["1.1.1.1", "10.0.0.1", "1.1.1.1", "fe80::1%eth0"], ["169.254.169.254"])
     monkeypatch.setattr(socket, "getaddrinfo", names.getaddrinfo)
-    found = await resolve(parse_host("rebind.example"), 443, internal=False)
+    found = await resolve(parse_host("rebind.example"), 443, asyncio.Semaphore(4), internal=False)
     assert [str(address) for address in found] == ["1.1.1.1"]
     assert names.asked == ["rebind.example."], "no search domain is tried"
 
@@ -139,22 +141,42 @@ async def test_a_name_is_asked_once_and_only_public_addresses_are_used(
 async def test_names_of_internal_addresses(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", Names([answer]).getaddrinfo)
     with pytest.raises(RefusedAddressError, match="the setting network"):
-        await resolve(parse_host("listed.example"), 443, internal=False)
+        await resolve(parse_host("listed.example"), 443, asyncio.Semaphore(4), internal=False)
     if is_metadata(ip_address(answer)):
         with pytest.raises(RefusedAddressError):
-            await resolve(parse_host("listed.example"), 443, internal=True)
+            await resolve(parse_host("listed.example"), 443, asyncio.Semaphore(4), internal=True)
     else:
-        assert len(await resolve(parse_host("listed.example"), 443, internal=True)) == 1
+        assert len(await resolve(parse_host("listed.example"), 443, asyncio.Semaphore(4), internal=True)) == 1
 
 
 async def test_no_such_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", Names([]).getaddrinfo)
     with pytest.raises(UnreachableError, match="no such name"):
-        await resolve(parse_host("nowhere.example"), 443, internal=False)
+        await resolve(parse_host("nowhere.example"), 443, asyncio.Semaphore(4), internal=False)
 
 
 async def test_addresses_are_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", None)
-    assert await resolve(parse_host("1.1.1.1"), 443, internal=False) == [ip_address("1.1.1.1")]
+    assert await resolve(parse_host("1.1.1.1"), 443, asyncio.Semaphore(4), internal=False) == [
+        ip_address("1.1.1.1")
+    ]
     with pytest.raises(RefusedAddressError):
-        await resolve(parse_host("127.0.0.1"), 443, internal=False)
+        await resolve(parse_host("127.0.0.1"), 443, asyncio.Semaphore(4), internal=False)
+
+
+async def test_a_place_is_held_as_long_as_the_name_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the answer any more, but its thread is still taken."""
+    answer, lookups = threading.Event(), asyncio.Semaphore(1)
+
+    def getaddrinfo(*_: Any, **__: Any) -> list[Any]:
+        assert answer.wait(60)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("taskyard.gateway.addresses.RESOLVE_S", 0.05)
+    with pytest.raises(UnreachableError, match="did not answer"):
+        await resolve(parse_host("slow.example"), 443, lookups, internal=False)
+    assert lookups.locked()
+    answer.set()
+    async with asyncio.timeout(60):
+        await lookups.acquire()

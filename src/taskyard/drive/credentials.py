@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from taskyard.db.engine import Database, Row
@@ -46,7 +46,7 @@ def git_repository(
     origin: Origin,
     branch: str,
     credentials: Credentials,
-    on_push: Callable[[str], None] | None = None,
+    on_push: Callable[[str], Awaitable[bool]] | None = None,
 ) -> GitRepository | None:
     """A repository as the gateway serves it; None for a folder of this host, which no protocol of it reaches."""
     if origin.kind != "url":

@@ -171,7 +171,7 @@ class PreparingRun(ConversingRun):
 
     async def _remember_push(self, commit: str) -> None:
         await self._patiently(lambda: resume.add_pushed(self.parts.database, self.lease, commit))
-        self._row["pushed"] = [*self._row["pushed"], commit]
+        self._row["pushed"] = [*self._row["pushed"], commit][-resume.KEPT_PUSHES :]
 
     async def _fill_workspace(self, kept: Checkpoint | None, *, here: bool) -> bool:
         """Check the repository out, or go on with what is there; whether the sandbox is as it was left."""

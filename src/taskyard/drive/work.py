@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -57,7 +56,6 @@ class Work:
         self._remember = remember
         self._pushed: set[str] = set(row["pushed"])
         """Commits that earlier workers, or the agent by itself, may have pushed there."""
-        self._telling: set[asyncio.Task[None]] = set()
 
     @property
     def path(self) -> str:
@@ -134,15 +132,14 @@ class Work:
         )
         return [] if found is None else [found]
 
-    def _agent_pushed(self, commit: str) -> None:
-        self._pushed.add(commit)
-        task = asyncio.create_task(self._tell(commit), name="remember a push")
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
-
-    async def _tell(self, commit: str) -> None:
-        with suppress(LeaseLostError):  # noticed by whoever watches the run
+    async def _agent_pushed(self, commit: str) -> bool:
+        """Remember what the agent is about to push; False when another worker has the run."""
+        try:
             await self._remember(commit)
+        except LeaseLostError:  # noticed by whoever watches the run
+            return False
+        self._pushed.add(commit)
+        return True
 
     @property
     def variables(self) -> dict[str, str]:

@@ -90,12 +90,16 @@ def is_own(address: Address) -> bool:
         return False  # no route there at all
 
 
-async def resolve(host: Host, port: int, *, internal: bool) -> list[Address]:
+async def resolve(host: Host, port: int, lookups: asyncio.Semaphore, *, internal: bool) -> list[Address]:
     """The addresses of a host that may be connected to. `internal`: the operator has named it.
+
+    lookups: holds a place as long as a name is asked for, also when nobody waits for the answer any more.
 
     Raises UnreachableError and RefusedAddressError.
     """
-    found = [host.address] if host.address is not None else await _look_up(host.text, port, internal=internal)
+    found = (
+        [host.address] if host.address is not None else await _patiently(host.text, port, lookups, internal)
+    )
     if internal:
         allowed = [address for address in found if not is_metadata(address)]
     else:
@@ -108,21 +112,26 @@ async def resolve(host: Host, port: int, *, internal: bool) -> list[Address]:
     return allowed[:MAX_ADDRESSES]
 
 
-async def _look_up(name: str, port: int, *, internal: bool) -> list[Address]:
-    loop = asyncio.get_running_loop()
+async def _patiently(name: str, port: int, lookups: asyncio.Semaphore, internal: bool) -> list[Address]:
+    await lookups.acquire()
+    asking = asyncio.create_task(_look_up(name, port, internal=internal), name="look up")
+    asking.add_done_callback(lambda _: lookups.release())
+    try:
+        async with asyncio.timeout(RESOLVE_S):
+            return await asyncio.shield(asking)  # its thread cannot be stopped
+    except TimeoutError:
+        raise UnreachableError("could not be resolved: the name server did not answer") from None
+    except (OSError, UnicodeError):
+        raise UnreachableError("could not be resolved: there is no such name, or no name server") from None
 
+
+async def _look_up(name: str, port: int, *, internal: bool) -> list[Address]:
     def ask() -> Sequence[tuple[object, ...]]:
         # With a dot at its end no search domain of this machine is tried, nor its file of hosts.
         asked = name if internal else f"{name}."
         return socket.getaddrinfo(asked, port, type=socket.SOCK_STREAM)
 
-    try:
-        async with asyncio.timeout(RESOLVE_S):
-            found = await loop.run_in_executor(_RESOLVERS, ask)
-    except TimeoutError:
-        raise UnreachableError("could not be resolved: the name server did not answer") from None
-    except (OSError, UnicodeError):
-        raise UnreachableError("could not be resolved: there is no such name, or no name server") from None
+    found = await asyncio.get_running_loop().run_in_executor(_RESOLVERS, ask)
     addresses = dict.fromkeys(ip_address(str(entry[4][0]).partition("%")[0]) for entry in found)  # type: ignore[index]
     return list(addresses)
 

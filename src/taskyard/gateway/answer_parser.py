@@ -96,6 +96,8 @@ class AnswerParser:
         encodings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
         if encodings not in ([], [b"chunked"]):
             raise ValueError("its Transfer-Encoding is not 'chunked' alone")
+        if any(name == b"content-length" and len(value) > 20 for name, value in self.headers):
+            raise ValueError("its Content-Length has more than 20 digits")
         self.status = status
         self._framed = bool(encodings) or any(name == b"content-length" for name, _ in self.headers)
         self.begun = True

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from taskyard.gateway.prices import Tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class Tab:
-    """What one call has used so far."""
+    """What one call has used so far. Two that have used the same are two."""
 
     tokens: int = 0
     cost: float = 0.0

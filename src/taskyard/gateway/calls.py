@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import h11
 import msgspec
@@ -28,8 +28,12 @@ from taskyard.gateway.usage import Meter, ModelCall
 MAX_BODY = 64 * 1024 * 1024
 MAX_READ_AHEAD = 32 * 1024 * 1024
 """Bytes of a request whose model has to be known before it may go out; as much as the vendors take."""
+MAX_FIELDS = 1000
+"""Of the object that a request is: more are no call, and cost memory a hundred times their size."""
 MAX_HELD = 4 * MAX_READ_AHEAD
 """Bytes of all such requests of a run at once: the worker's memory is that of other runs, too."""
+QUERY = ("beta", "api-version")
+"""What a call may have in its query when its model is checked."""
 BUDGET = "budget_exceeded"
 CLIENT_GONE = 499
 """The status of a call whose client left before the answer began, as nginx has it."""
@@ -54,13 +58,18 @@ class CallExchange(Exchange):
         self._tab = policy.budget.open() if admitted.costs else None
         self._streams = False
         self._before = b""
+        self._went_out = False
 
     async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> UpstreamRequest | Answer:
         method = head.method.decode("ascii")
-        if not self._admitted.costs or not self._model_matters:
-            return upstream_request(
-                self._admitted, method, head.headers, None if body is None else self._counted(body)
-            )
+        sent: AsyncIterator[bytes] | bytes | None = None if body is None else self._counted(body)
+        if self._admitted.costs and (self._policy.allowed_models or self._policy.budget.limited):
+            sent = await self._read(body)
+        self._went_out = True
+        return upstream_request(self._admitted, method, head.headers, sent)
+
+    async def _read(self, body: AsyncIterator[bytes] | None) -> bytes:
+        """The whole body, checked."""
         whole = bytearray()
         async for chunk in pieces(body):
             whole += chunk
@@ -73,27 +82,34 @@ class CallExchange(Exchange):
                 message = f"the body exceeds {MAX_READ_AHEAD} bytes."
                 raise RefusedError(Refused(413, message))
         self._sent = len(whole)
-        self._asked, checked = self._check(bytes(whole))
-        return upstream_request(self._admitted, method, head.headers, checked)
-
-    @property
-    def _model_matters(self) -> bool:
-        return bool(self._policy.allowed_models) or self._policy.budget.in_dollars
+        # Others have spent meanwhile.
+        if (refused := check_budget(self._policy)) is not None:
+            raise RefusedError(refused)
+        return self._check(bytes(whole))
 
     async def _counted(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for chunk in body:
             self._sent += len(chunk)
             yield chunk
 
-    def _check(self, body: bytes) -> tuple[str, bytes]:
+    def _check(self, body: bytes) -> bytes:
         try:
-            model, body = model_of(body)
+            fields = fields_of(body)
+            if self._policy.allowed_models or self._policy.budget.in_dollars:
+                self._asked = model_of(fields)
         except ValueError as error:
             raise RefusedError(Refused(400, f"the body of a model call {error}.")) from None
-        refused = check_model(self._policy, model)
+        refused = check_query(self._admitted.query)
+        if refused is None and self._asked is not None:
+            refused = check_model(self._policy, self._asked)
+        if refused is None and self._policy.budget.limited and in_background(fields):
+            refused = Refused(
+                400,
+                "a response in the background cannot be counted, and this run has a budget: leave it out.",
+            )
         if refused is not None:
             raise RefusedError(refused)
-        return model, body
+        return msgspec.json.encode(fields)
 
     def head(self, answer: UpstreamResponse) -> list[Header] | Answer:
         secrets = self._admitted.secrets
@@ -135,10 +151,12 @@ class CallExchange(Exchange):
         self._policy.read_ahead.bytes -= self._held
         self._meter.finish()
         # Vendors charge for a call although nobody waited for its answer.
-        charged = 200 <= status < 300 or status == CLIENT_GONE
+        charged = self._went_out and (200 <= status < 300 or status == CLIENT_GONE)
         tokens = self._meter.total(self._sent if charged else 0)
         cost = self._cost(tokens)
         self._policy.budget.close(self._tab, tokens, cost)
+        if not self._went_out:
+            return
         self._on_call(
             ModelCall(
                 provider=self._admitted.provider,
@@ -183,23 +201,60 @@ def check_model(policy: Policy, model: str) -> Refused | None:
     return None
 
 
-def model_of(body: bytes) -> tuple[str, bytes]:
-    """The `model` that a request names, and the body to send on. Raises ValueError; the text says why.
+def check_query(query: str) -> Refused | None:
+    """Whether nothing in the query of a call can say its model once more, as some upstreams let it."""
+    names = [part.partition("=")[0] for part in query.split("&") if part]
+    if all(name in QUERY for name in names):
+        return None
+    return Refused(
+        400, f"the query of a model call holds {' and '.join(QUERY)} only while its model is checked."
+    )
+
+
+class _Name:
+    """The name of a field. Its type keeps the parser from making an object of a million."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def fields_of(body: bytes) -> dict[str, msgspec.Raw]:
+    """The fields of a request, and so the body to send on. Raises ValueError; the text says why.
 
     A field that stands there twice means one thing to one parser and another to the next. So what goes on is what was
-    read here: the last one of each name, written once. Names that differ in case only are refused.
+    read here: the last one of each name, written once.
     """
+    count = 0
+
+    def name(_: type, text: str) -> _Name:
+        nonlocal count
+        count += 1
+        if count > MAX_FIELDS:
+            raise ValueError
+        return _Name(text)
+
     try:
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        read = msgspec.json.decode(body, type=dict[_Name, msgspec.Raw], dec_hook=name)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError("is no JSON object") from None
+        many = f"has more than {MAX_FIELDS} fields" if count > MAX_FIELDS else "is no JSON object"
+        raise ValueError(many) from None
+    return {name.text: value for name, value in read.items()}
+
+
+def model_of(fields: Mapping[str, msgspec.Raw]) -> str:
+    """The `model` that a request names. Raises ValueError; the text says why. Names are taken in any case."""
     if [name for name in fields if name.casefold() == "model"] != ["model"]:
         raise ValueError("does not name its model, or names several")
     try:
-        model = msgspec.json.decode(fields["model"], type=str)
+        return msgspec.json.decode(fields["model"], type=str)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise ValueError("names a model that is no text") from None
-    return model, msgspec.json.encode(fields)
+
+
+def in_background(fields: Mapping[str, msgspec.Raw]) -> bool:
+    """Whether an answer is asked for that comes later, by a request of its own."""
+    asked = [bytes(value) for name, value in fields.items() if name.casefold() == "background"]
+    return any(value not in (b"false", b"null") for value in asked)
 
 
 def _cut(before: bytes, chunk: bytes) -> int | None:

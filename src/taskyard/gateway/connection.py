@@ -27,8 +27,13 @@ IDLE_S = 300
 """A connection without a request for this long is closed."""
 MAX_LOOKUPS = 4
 """Names that a run looks up at once: names whose server never answers must not fill the resolvers of all runs."""
+MAX_FIELDS = 256
 _CHUNK = 64 * 1024
 _LINGER_S = 2
+_BREATH = 64
+"""So many pieces in a row and others get their turn: pieces of one byte cost as much as large ones."""
+_TOLD = 500
+"""Characters of what is told of a refusal, for each of its parts: an agent writes them."""
 
 log = structlog.get_logger()
 
@@ -85,6 +90,9 @@ class Connection:
     async def _decide(self, head: h11.Request, method: str, target: str) -> Exchange | Destination | Refused:
         side, policy = self._side, self._side.policy
         decision: Exchange | Refused
+        if method != method.upper():
+            # Methods are case-sensitive, and what one server takes for another method the next one does not.
+            return Refused(400, "methods are written in capital letters.")
         if self._within is not None:
             if spent := side.traffic.exceeded:
                 return Refused(403, spent)
@@ -94,10 +102,9 @@ class Connection:
         if method == "CONNECT" or not target.startswith("/"):
             if spent := side.traffic.exceeded:
                 return Refused(403, spent)
-            async with side.lookups:
-                if method == "CONNECT":
-                    return await egress.tunnel_to(policy.network, target)
-                found = await egress.plain_to(policy.network, target)
+            if method == "CONNECT":
+                return await egress.tunnel_to(policy.network, target, side.lookups)
+            found = await egress.plain_to(policy.network, target, side.lookups)
             if isinstance(found, Refused):
                 return found
             decision = PlainExchange(*found, side.traffic)
@@ -135,8 +142,9 @@ class Connection:
             if isinstance(event, h11.Request):
                 # The parser's limit is for unfinished heads only.
                 size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
-                if size > MAX_HEAD:
-                    refused = Refused(431, f"the headers exceed {MAX_HEAD} bytes.")
+                await asyncio.sleep(0)  # many fields take long to read
+                if size > MAX_HEAD or len(event.headers) > MAX_FIELDS:
+                    refused = Refused(431, f"the headers exceed {MAX_HEAD} bytes, or {MAX_FIELDS} fields.")
                     await self.refuse(refused, event.method.decode("ascii"), event.target.decode("ascii"))
                     return None
                 return event
@@ -160,7 +168,9 @@ class Connection:
         await self._linger()
 
     def _tell(self, refused: Refused, method: str, target: str) -> None:
-        told = Refusal(method, shown_target(target), refused.message, refused.status, refused.rule)
+        told = Refusal(
+            method[:_TOLD], shown_target(target), refused.message[:_TOLD], refused.status, refused.rule
+        )
         self._side.on_refusal(told)
 
     async def _answer(self, method: str, answer: Answer, headers: list[tuple[bytes, bytes]]) -> None:
@@ -242,12 +252,15 @@ class Connection:
     async def _client_left(self) -> None:
         """Returns at the end of the client's bytes; keeps a bounded piece of the requests that it sends ahead."""
         await self._body_read.wait()
-        room = MAX_HEAD
-        while data := await self._reader.read(room):
+        # What was sent ahead with an earlier request is still there.
+        room = MAX_HEAD - len(self._http.trailing_data[0])
+        while room > 0:
+            data = await self._reader.read(room)
+            if not data:
+                return
             self._http.receive_data(data)
             room -= len(data)
-            if room <= 0:
-                await asyncio.get_running_loop().create_future()  # until cancelled
+        await asyncio.get_running_loop().create_future()  # until cancelled
 
     async def _exchange(self, head: h11.Request, exchange: Exchange) -> None:
         started, status, complete = time.monotonic(), CLIENT_GONE, False
@@ -294,8 +307,11 @@ class Connection:
 
     async def _body(self, limit: int | None) -> AsyncGenerator[bytes, None]:
         """The rest of the request, as it comes."""
-        size = 0
+        size = count = 0
         while True:
+            count += 1
+            if count % _BREATH == 0:
+                await asyncio.sleep(0)
             try:
                 event = self._http.next_event()
             except h11.RemoteProtocolError as error:
@@ -303,7 +319,11 @@ class Connection:
             if event is h11.NEED_DATA:
                 if self._http.they_are_waiting_for_100_continue:
                     await self._send(h11.InformationalResponse(status_code=100, headers=[]))
-                data = await self._reader.read(_CHUNK)
+                try:
+                    async with asyncio.timeout(IDLE_S):
+                        data = await self._reader.read(_CHUNK)
+                except TimeoutError:
+                    raise ConnectionAbortedError from None
                 if not data:
                     raise ConnectionAbortedError
                 self._http.receive_data(data)
@@ -328,7 +348,11 @@ class Connection:
 
         try:
             await send(h11.Response(status_code=answer.status, headers=headers + self._farewell()))
+            count = 0
             async for chunk in answer:
+                count += 1
+                if count % _BREATH == 0:
+                    await asyncio.sleep(0)
                 await send(h11.Data(data=exchange.feed(chunk)))
                 if exchange.stopped:
                     break

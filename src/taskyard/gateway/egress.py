@@ -55,18 +55,20 @@ class Traffic:
         return f"this run has moved {self.limit} bytes over the network, and may not move more (network.max_bytes)."
 
 
-async def tunnel_to(network: Network, target: str) -> Destination | Refused:
-    """Decide about `CONNECT host:port`."""
+async def tunnel_to(network: Network, target: str, lookups: asyncio.Semaphore) -> Destination | Refused:
+    """Decide about `CONNECT host:port`. lookups: a place for each name that may be looked up at once."""
     if network.level == "none":
         return _NO_NETWORK
     try:
         host, port = parse_authority(target)
     except BadHostError as error:
         return Refused(400, f"CONNECT takes host:port, and this is none: {error}.")
-    return await _destination(network, host, port)
+    return await _destination(network, host, port, lookups)
 
 
-async def plain_to(network: Network, target: str) -> tuple[Destination, str] | Refused:
+async def plain_to(
+    network: Network, target: str, lookups: asyncio.Semaphore
+) -> tuple[Destination, str] | Refused:
     """Decide about a request for an absolute URL; the destination and the target there."""
     if network.level == "none":
         return _NO_NETWORK
@@ -82,7 +84,7 @@ async def plain_to(network: Network, target: str) -> tuple[Destination, str] | R
         host, port = parse_authority(authority, 80)
     except BadHostError as error:
         return Refused(400, f"the host of the URL cannot be used: {error}.")
-    destination = await _destination(network, host, port)
+    destination = await _destination(network, host, port, lookups)
     if isinstance(destination, Refused):
         return destination
     return destination, rest if rest.startswith("/") else f"/{rest}"
@@ -91,7 +93,9 @@ async def plain_to(network: Network, target: str) -> tuple[Destination, str] | R
 _NO_NETWORK = Refused(403, "this sandbox has no access to the network, only to its model APIs.")
 
 
-async def _destination(network: Network, host: Host, port: int) -> Destination | Refused:
+async def _destination(
+    network: Network, host: Host, port: int, lookups: asyncio.Semaphore
+) -> Destination | Refused:
     internal = network.internal.allow(host, port)
     if network.level == "listed" and not network.rules.allow(host, port):
         rule = host.bracketed if port in (443, 80, 22) else f"{host.bracketed}:{port}"
@@ -103,7 +107,7 @@ async def _destination(network: Network, host: Host, port: int) -> Destination |
     if host.address is None and "." not in host.text and not internal:
         return Refused(403, f"{host.text} is no name of the public internet.")
     try:
-        found = await addresses.resolve(host, port, internal=internal)
+        found = await addresses.resolve(host, port, lookups, internal=internal)
     except RefusedAddressError as error:
         return Refused(403, f"{host.bracketed} {error}.")
     except UnreachableError as error:
@@ -181,14 +185,14 @@ async def pump(
             if data:
                 moved = loop.time()
                 traffic.add(len(data))
-                if traffic.exceeded:
+                if traffic.exceeded or writer.is_closing():
                     raise ConnectionAbortedError
                 writer.write(data)
                 await writer.drain()
             data = await reader.read(_CHUNK)
             if not data:
                 break
-        if writer.can_write_eof():
+        if writer.can_write_eof() and not writer.is_closing():
             writer.write_eof()
 
     ways = [
@@ -248,6 +252,7 @@ class PlainExchange(Exchange):
             yield chunk
 
     def head(self, answer: UpstreamResponse) -> list[Header] | Answer:
+        self._count(sum(len(name) + len(value) for name, value in answer.headers))
         return passed(answer.headers, NOT_DOWN)
 
     def feed(self, chunk: bytes) -> bytes:

@@ -82,7 +82,13 @@ class GitRedirect(Exchange):
         self._location = elsewhere.url
 
     async def request(self, head: h11.Request, body: AsyncIterator[bytes] | None) -> UpstreamRequest | Answer:
-        return Answer(302, b"", "text/plain", headers=((b"location", self._location.encode("ascii")),))
+        try:
+            place, _, query = self._location.partition("?")
+            url = parse_base_url(place)
+        except ValueError:
+            raise RefusedError(_no_host()) from None
+        where = url.origin.scheme.encode() + b"://" + url.origin.authority + url.path + b"?" + query.encode()
+        return Answer(302, b"", "text/plain", headers=((b"location", where),))
 
     def head(self, answer: UpstreamResponse) -> list[Header] | Answer:
         raise AssertionError("nothing was asked")
@@ -118,8 +124,7 @@ class GitExchange(Exchange):
         try:
             url = parse_base_url(self._asked.repository.url)
         except ValueError:
-            reason = "the address of this repository names no host; register it with another one."
-            raise RefusedError(Refused(502, reason)) from None
+            raise RefusedError(_no_host()) from None
         target = url.path + b"/" + self._asked.path.encode("ascii")
         return UpstreamRequest(head.method.decode("ascii"), url.origin, target, sent, body, _TIMEOUTS)
 
@@ -149,7 +154,8 @@ class GitExchange(Exchange):
         if reason is None:
             if (on_push := self._asked.repository.on_push) is not None:
                 for update in reader.updates:
-                    on_push(update.commit)
+                    if not await on_push(update.commit):
+                        raise RefusedError(Refused(403, "this run is driven elsewhere by now."))
             return _joined(bytes(reader.seen), rest)
         refused = Refused(403, f"{reason}.")
         told = report(reader, reason)
@@ -162,9 +168,13 @@ class GitExchange(Exchange):
     def _problem(self, updates: Sequence[RefUpdate]) -> str | None:
         own = [f"refs/heads/{branch}" for branch in self._asked.repository.branches]
         names = " or ".join(self._asked.repository.branches) or "nothing"
+        seen = set()
         for update in updates:
             if update.ref not in own:
                 return f"this run may push to {names} only"
+            if update.ref in seen:
+                return "a push changes a branch once"
+            seen.add(update.ref)
             if update.deletes:
                 return "this run may not delete its branch"
         return None
@@ -190,6 +200,10 @@ class GitExchange(Exchange):
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
+
+
+def _no_host() -> Refused:
+    return Refused(502, "the address of this repository names no host; register it with another one.")
 
 
 def text_answer(status: int, message: str) -> Answer:

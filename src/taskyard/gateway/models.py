@@ -49,6 +49,7 @@ _CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie"}
 # An encoded answer could not be counted.
 _NOT_UP = NOT_UP | _CREDENTIALS | {b"accept-encoding"}
 _NOT_DOWN = NOT_DOWN | {b"set-cookie"}
+_FORM = frozenset({b"content-type", b"content-encoding"})
 
 Auth = Literal["x-api-key", "bearer", "api-key", "none"]
 """How an upstream takes its key: in one of these headers, or not at all."""
@@ -148,6 +149,8 @@ class Admitted:
     """The path within the API, such as `/v1/messages`."""
     target: bytes
     """The request target for the upstream."""
+    query: str
+    """As the agent sent it."""
     costs: bool
     """It uses tokens, so it is counted."""
     key: str | None = field(default=None, repr=False)
@@ -202,7 +205,7 @@ def admit(routes: Mapping[str, ModelRoute], method: str, target: str) -> Admitte
             403,
             f"no API key for {provider} is configured on this server: set {KEY_VARIABLES[provider]}",
         )
-    return Admitted(provider, route, path, route.target(rest), costs, key)
+    return Admitted(provider, route, path, route.target(rest), rest.partition("?")[2], costs, key)
 
 
 def _starred(path: str) -> str:
@@ -216,12 +219,15 @@ def upstream_request(
 ) -> UpstreamRequest:
     """The request that goes out: hop-by-hop fields and credentials dropped, the key added.
 
-    `body` None: the request has none. A length that the client gave is kept, else the body goes chunked.
+    `body` None: the request has none. A length that the client gave is kept, else the body goes chunked. One that was
+    read is JSON, and is said to be: an upstream that took it for a form could find another model in it.
     """
     headers, route = list(headers), admitted.route
     own = {name.lower().encode("ascii"): value.encode("ascii") for name, value in route.headers.items()}
-    sent = passed(headers, _NOT_UP | own.keys())
-    if body is not None and not isinstance(body, bytes):
+    sent = passed(headers, _NOT_UP | own.keys() | (_FORM if isinstance(body, bytes) else set()))
+    if isinstance(body, bytes):
+        sent.append((b"content-type", b"application/json"))
+    elif body is not None:
         sent += framing(headers)
     sent.append((b"accept-encoding", b"identity"))
     if admitted.key is not None:

@@ -40,8 +40,8 @@ class GitRepository:
     """The branches that may be pushed, nothing else; without `refs/heads/`."""
     credentials: Callable[[], Awaitable[str | None]] | None = field(default=None, repr=False)
     """Gives the token, asked for each request. It goes to `url` only."""
-    on_push: Callable[[str], None] | None = field(default=None, repr=False)
-    """Told the commit of each push that is passed on."""
+    on_push: Callable[[str], Awaitable[bool]] | None = field(default=None, repr=False)
+    """Told the commit of each push before it is passed on; False when it must not be."""
 
 
 @dataclass(frozen=True)

@@ -109,13 +109,15 @@ class Gateway:
         except (OSError, asyncio.CancelledError):
             writer.transport.abort()  # the client has left, or close() was called
         except Exception as error:
-            # Neither the text nor the variables of the frames: they could hold the key.
-            log.error(  # noqa: TRY400 (see above)
-                "gateway_connection_failed",
-                run_id=self._policy.run_id,
-                error=type(error).__name__,
-                trace="".join(traceback.format_tb(error.__traceback__)),
-            )
+            # uvloop says it so when the client has left.
+            if not (isinstance(error, RuntimeError) and writer.is_closing()):
+                # Neither the text nor the variables of the frames: they could hold the key.
+                log.error(  # noqa: TRY400 (see above)
+                    "gateway_connection_failed",
+                    run_id=self._policy.run_id,
+                    error=type(error).__name__,
+                    trace="".join(traceback.format_tb(error.__traceback__)),
+                )
             writer.transport.abort()
         finally:
             self._tasks.discard(task)
