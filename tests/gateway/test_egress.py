@@ -290,8 +290,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def tls_server(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """A TLS server to which port 443 of every name leads."""
+async def tls_server(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch, curve: str | None = None
+) -> AsyncIterator[list[str | None]]:
+    """A TLS server to which port 443 of every name leads; the names that it is asked for. curve: the only one."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -303,6 +305,10 @@ async def tls_server(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Asyn
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
+    asked: list[str | None] = []
+    context.sni_callback = lambda _socket, name, _context: asked.append(name)
+    if curve is not None:
+        context.set_ecdh_curve(curve)
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     port, connect = server.sockets[0].getsockname()[1], addresses.connect
 
@@ -311,7 +317,7 @@ async def tls_server(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Asyn
 
     monkeypatch.setattr(addresses, "connect", lead)
     async with server:
-        yield
+        yield asked
 
 
 async def test_tls_for_the_host_of_the_tunnel(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +363,57 @@ async def test_tls_for_another_host(
     [told] = door.refusals
     assert (told.method, told.target, told.status) == ("CONNECT", "allowed.test:443", 403)
     assert reason in told.reason
+
+
+ASKS_AGAIN = "prime256v1"
+"""A client offers another curve first, so a server with this one alone asks for a second hello."""
+
+
+async def test_a_second_hello(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ssl.create_default_context(cafile=str(certificate))
+    async with (
+        tls_server(certificate, monkeypatch, ASKS_AGAIN) as asked,
+        open_door(network=listed("allowed.test")) as door,
+        httpx.AsyncClient(proxy=door.url, verify=context, trust_env=False, timeout=60) as client,
+    ):
+        assert (await client.get("https://allowed.test/")).text == "ok"
+    assert asked == ["allowed.test", "allowed.test"]
+    assert not door.refusals
+
+
+@pytest.mark.parametrize("ahead", ["waiting", "at once", "after early data"])
+async def test_a_second_hello_for_another_host(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch, ahead: str
+) -> None:
+    context = ssl.create_default_context(cafile=str(certificate))
+    coming, going = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(coming, going, server_hostname="allowed.test")
+    async with (
+        tls_server(certificate, monkeypatch, ASKS_AGAIN) as asked,
+        open_door(network=listed("allowed.test")) as door,
+        asyncio.timeout(60),
+        AsyncExitStack() as stack,
+    ):
+        _, reader, writer = await connect(stack, door, "allowed.test:443")
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.do_handshake()
+        first = going.read()
+        if ahead == "at once":
+            writer.write(first + first.replace(b"allowed.test", b"another.test"))
+        else:
+            writer.write(first)
+            coming.write(await reader.read(65536))
+            with pytest.raises(ssl.SSLWantReadError):
+                tls.do_handshake()
+            second = going.read()
+            assert b"allowed.test" in second, "the server has not asked again"
+            early = b"\x17\x03\x03\x00\x03abc" if ahead == "after early data" else b""
+            writer.write(early + second.replace(b"allowed.test", b"another.test"))
+        assert (await reader.read()).endswith(b"\x15\x03\x03\x00\x02\x02\x70")
+        await eventually(lambda: bool(door.refusals), "the refusal was not told")
+    assert asked == ["allowed.test"]
+    [told] = door.refusals
+    assert "asks for another server, another.test" in told.reason
 
 
 async def test_the_name_may_be_written_otherwise(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,11 @@ class HelloReader:
         self._at = 0  # where the next record begins
         self._message = bytearray()  # what the records before it carried
 
+    @property
+    def end(self) -> int:
+        """How many of the bytes are the hello, once it is whole."""
+        return self._at
+
     def feed(self, data: bytes) -> str | None:
         """The server name, "" when the client gives none; None: more bytes are needed. Raises BadHelloError."""
         self._data += data

@@ -219,7 +219,10 @@ class Connection:
             await self._send(h11.Response(status_code=200, headers=[], reason=b"Connection established"))
             first = self._http.trailing_data[0]
             if self._side.policy.network.level == "listed" and destination.port == 443:
-                first, problem = await egress.check_hello(self._reader, first, destination)
+                inside = (self._reader, self._writer)
+                first, problem = await egress.check_hellos(
+                    inside, outside, first, destination, self._side.traffic
+                )
                 if problem is not None:
                     self._tell(Refused(403, f"{destination.host.bracketed}: {problem}."), method, target)
                     outside[1].close()

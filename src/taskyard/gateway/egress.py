@@ -25,8 +25,16 @@ TUNNEL_IDLE_S = 600.0
 HELLO_S = 30.0
 _CHUNK = 256 * 1024
 _TIMEOUTS = Timeouts(connect=addresses.CONNECT_S, read=300, write=60)
+# Records and messages of TLS: RFC 8446 §5.1 and §4; the server's random that asks for another hello: §4.1.3.
+_HANDSHAKE, _SERVER_HELLO = b"\x16", b"\x02"
+_PASSED_OVER = (20, 23)
+_RANDOM = slice(11, 43)
+_RETRY = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
 # Fatal alert "unrecognized_name": what a TLS client shows for it says more than a connection that just ends.
 _ALERT = bytes([21, 3, 3, 0, 2, 2, 112])
+
+
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True)
@@ -118,23 +126,46 @@ async def _destination(
 # --- tunnels ---
 
 
-async def open_tunnel(
-    destination: Destination,
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | Refused:
+async def open_tunnel(destination: Destination) -> Stream | Refused:
     try:
         return await addresses.connect(destination.addresses, destination.port)
     except UnreachableError as error:
         return Refused(502, f"{destination.host.bracketed} {error}.")
 
 
-async def check_hello(
-    reader: asyncio.StreamReader, first: bytes, destination: Destination
+async def check_hellos(
+    inside: Stream, outside: Stream, first: bytes, destination: Destination, traffic: Traffic
 ) -> tuple[bytes, str | None]:
-    """Read until a TLS client has said which server it wants; what was read, and why it may not, if so.
+    """Let a TLS client begin, when it wants the server that the tunnel was opened for: another one could be any site
+    of the same content network. Gives what goes out next, and why it may not, if so.
 
-    With a list of hosts, the name has to be the one that the tunnel was opened for: another one could be any site of
-    the same content network.
+    A server may ask for a second hello (RFC 8446 §4.1.4), which has a name, too.
     """
+    hello, rest, problem = await _check_hello(inside[0], first, destination)
+    if problem is not None or not hello:
+        return rest, problem
+    begun = b""
+    try:
+        async with asyncio.timeout(HELLO_S):
+            await _pass_on(outside[1], hello, traffic)
+            while len(begun) < _RANDOM.stop and (data := await outside[0].read(_CHUNK)):
+                begun += data
+            await _pass_on(inside[1], begun, traffic)
+    except TimeoutError:
+        raise ConnectionAbortedError from None
+    if begun[:1] != _HANDSHAKE or begun[5:6] != _SERVER_HELLO or begun[_RANDOM] != _RETRY:
+        return rest, None
+    before, rest = await _to_handshake(inside[0], rest)
+    if rest[:1] != _HANDSHAKE:
+        return before + rest, None
+    hello, rest, problem = await _check_hello(inside[0], rest, destination)
+    return before + hello + rest, problem
+
+
+async def _check_hello(
+    reader: asyncio.StreamReader, first: bytes, destination: Destination
+) -> tuple[bytes, bytes, str | None]:
+    """Read until a client has said which server it wants; the hello, what came behind it, and why it may not."""
     hello, seen = HelloReader(), bytearray(first)
     try:
         async with asyncio.timeout(HELLO_S):
@@ -143,25 +174,47 @@ async def check_hello(
                 data = await reader.read(_CHUNK)
                 seen += data
                 if not data:
-                    return bytes(seen), None  # it has said nothing that a server would answer
+                    return b"", bytes(seen), None  # it has said nothing that a server would answer
                 if len(seen) > 8 * MAX_HELLO:
-                    return b"", "its first message is too large"
+                    return b"", b"", "its first message is too large"
                 name = hello.feed(data)
-        first = bytes(seen)
+        said = bytes(seen[: hello.end]), bytes(seen[hello.end :])
         # A client that connects to an address sends no name (RFC 6066 §3).
         if name == "" and destination.host.address is not None:
-            return first, None
+            return *said, None
         if name == "":
-            return first, "its TLS does not say which server it wants"
+            return *said, "its TLS does not say which server it wants"
         if parse_host(name) != destination.host:
-            return first, f"its TLS asks for another server, {name[:100]}"
+            return *said, f"its TLS asks for another server, {name[:100]}"
     except TimeoutError:
-        return first, "no TLS came for 30 seconds"
+        return b"", b"", "no TLS came for 30 seconds"
     except BadHelloError as error:
-        return first, f"port 443 is for TLS, and {error}"
+        return b"", b"", f"port 443 is for TLS, and {error}"
     except BadHostError:
-        return first, "its TLS asks for a server whose name is not valid"
-    return first, None
+        return b"", b"", "its TLS asks for a server whose name is not valid"
+    return *said, None
+
+
+async def _to_handshake(reader: asyncio.StreamReader, data: bytes) -> tuple[bytes, bytes]:
+    """What a client sends before its second hello, early data for one, and the beginning of what follows."""
+    seen, at = bytearray(data), 0
+    while True:
+        while len(seen) < at + 5:
+            data = await reader.read(_CHUNK)
+            if not data:
+                return bytes(seen[:at]), bytes(seen[at:])
+            seen += data
+        if seen[at] not in _PASSED_OVER:
+            return bytes(seen[:at]), bytes(seen[at:])
+        at += 5 + int.from_bytes(seen[at + 3 : at + 5], "big")
+        if at > 8 * MAX_HELLO:
+            raise ConnectionAbortedError
+
+
+async def _pass_on(writer: asyncio.StreamWriter, data: bytes, traffic: Traffic) -> None:
+    traffic.add(len(data))
+    writer.write(data)
+    await writer.drain()
 
 
 async def refuse_hello(writer: asyncio.StreamWriter) -> None:
@@ -170,8 +223,8 @@ async def refuse_hello(writer: asyncio.StreamWriter) -> None:
 
 
 async def pump(
-    inside: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-    outside: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    inside: Stream,
+    outside: Stream,
     first: bytes,
     traffic: Traffic,
 ) -> None:
