@@ -149,6 +149,69 @@ async def test_calls_at_once_share_it() -> None:
     assert sum(sizes) < 100 + 4 * 10, sizes
 
 
+async def test_calls_that_used_the_same_are_two() -> None:
+    """One that ends takes nothing of another one with it, though both have used nothing so far."""
+    go_on = asyncio.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        if b"bad" in exchange.body:
+            await exchange.answer(b"{}", 400, "Content-Type: application/json\r\n")
+            return
+        await go_on.wait()
+        body = event(STARTS[MESSAGES]) + event(DELTAS[MESSAGES]) * 100
+        await exchange.answer(body, headers="Content-Type: text/event-stream\r\n")
+
+    async with open_upstream(handler) as (url, seen), open_door(url, budget=Budget(tokens=50)) as door:
+        first = asyncio.create_task(ask(door, MESSAGES))
+        await eventually(lambda: len(seen) == 1, "the call does not come")
+        assert (await ask(door, MESSAGES, "bad")).status_code == 400
+        go_on.set()
+        assert events((await first).text)[-1]["type"] == "error", "it is cut"
+        await eventually(lambda: len(door.calls) == 2, "the calls were not reported")
+        assert (await ask(door, MESSAGES)).status_code == 403
+
+
+async def test_it_is_looked_at_when_the_body_is_there() -> None:
+    """Heads may come early, and many of them."""
+    usage = {"input_tokens": 5, "output_tokens": 500}
+
+    async def handler(exchange: Exchange) -> None:
+        body = json.dumps({"model": "m", "usage": usage}).encode()
+        await exchange.answer(body, headers="Content-Type: application/json\r\n")
+
+    body = b'{"model":"m"}'
+    head = f"POST {MESSAGES} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    async with open_upstream(handler) as (url, seen), open_door(url, budget=Budget(tokens=100)) as door:
+        reader, writer = await door.connect()
+        writer.write(head.encode() + body[:1])
+        await eventually(lambda: len(door.gateway._policy.budget._open) == 1, "the head does not come")
+        assert (await ask(door, MESSAGES)).status_code == 200
+        writer.write(body[1:])
+        async with asyncio.timeout(60):
+            assert (await reader.read()).startswith(b"HTTP/1.1 403")
+        writer.close()
+        assert (len(seen), len(door.calls)) == (1, 1), "what did not go out is no call"
+
+
+@pytest.mark.parametrize("budget", [Budget(tokens=100), Budget(cost=1.0)], ids=["tokens", "dollars"])
+async def test_answers_that_come_later_cannot_be_counted(budget: Budget) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(b"{}", headers="Content-Type: application/json\r\n")
+
+    async with open_upstream(handler) as (url, seen), open_door(url, budget=budget, prices=PRICES) as door:
+        for body in (
+            b'{"model":"m","background":true}',
+            b'{"background":false,"model":"m","background" : 1}',
+        ):
+            answer = await door.post(RESPONSES, body)
+            assert answer.status_code == 400
+            assert "a response in the background cannot be counted" in answer.json()["error"]["message"]
+        assert (await door.post(RESPONSES, b'{"model":"m","background":false}')).status_code == 200
+    assert len(seen) == 1
+    async with open_upstream(handler) as (url, seen), open_door(url) as door:
+        assert (await door.post(RESPONSES, b'{"model":"m","background":true}')).status_code == 200
+
+
 async def test_a_length_that_was_promised_does_not_hold() -> None:
     """An answer with a Content-Length that is cut."""
     body = event(STARTS[MESSAGES]) + event(DELTAS[MESSAGES]) * 100

@@ -125,6 +125,41 @@ async def test_a_field_that_stands_there_twice_goes_on_once(body: bytes) -> None
     assert sent.headers["content-length"] == [str(len(sent.body))]
 
 
+async def test_nothing_else_says_the_model() -> None:
+    """Upstreams that take it from the query, or a body for a form, would use another one than the one that was read."""
+    body = b'{"model":"claude-a","x":"&model=evil&a="}'
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "Content-Encoding": "br"}
+    async with (
+        answering() as (url, seen),
+        open_door(url, allowed_models=[["claude-*"]]) as door,
+        httpx.AsyncClient(base_url=door.url, headers=headers) as client,
+    ):
+        for query in (
+            "model=evil",
+            "beta=true&model=evil",
+            "%6dodel=evil",
+            "beta=true;model=evil",
+            "Model",
+        ):
+            answer = await client.post(f"{MESSAGES}?{query}", content=body)
+            assert answer.status_code == 400
+            assert "holds beta and api-version only" in answer.json()["error"]["message"]
+        assert not seen
+        assert (await client.post(f"{MESSAGES}?beta=true&api-version=1", content=body)).status_code == 200
+    [sent] = seen
+    assert sent.target == "/v1/messages?beta=true&api-version=1"
+    assert sent.headers["content-type"] == ["application/json"]
+    assert "content-encoding" not in sent.headers
+
+
+async def test_a_body_of_too_many_fields() -> None:
+    body = b'{"model":"claude-a",' + b",".join(b'"%d":1' % number for number in range(2000)) + b"}"
+    async with answering() as (url, seen), open_door(url, allowed_models=[["claude-*"]]) as door:
+        status, said = await message(door, body)
+    assert (status, seen, door.calls) == (400, [], [])
+    assert "has more than 1000 fields" in said
+
+
 SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text()
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 

@@ -492,8 +492,9 @@ async def test_a_tunnel_to_port_80_is_read(monkeypatch: pytest.MonkeyPatch) -> N
         client_hello("allowed.test") + b"\r\n\r\n",
         b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
         b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"connect / HTTP/1.1\r\nHost: x\r\n\r\n",
     ],
-    ids=["ssh", "tls", "connect", "connect to a path"],
+    ids=["ssh", "tls", "connect", "connect to a path", "in small letters"],
 )
 async def test_a_tunnel_to_port_80_takes_nothing_else(first: bytes) -> None:
     async with (
@@ -552,6 +553,19 @@ async def test_a_limit_of_bytes_for_plain_http(what: str) -> None:
     assert status == 403
     assert "network.max_bytes" in body
     assert arrived < 1_100_000
+
+
+async def test_heads_of_answers_count() -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(b"", headers=f"X: {'x' * 30_000}\r\n")
+
+    async with open_upstream(handler) as (url, seen):
+        port = int(url.rpartition(":")[2])
+        network = Network("full", internal=ON_THIS_MACHINE, max_bytes=100_000)
+        async with open_door(network=network) as door:
+            request = f"GET http://allowed.test:{port}/ HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+            await door.send(request * 20)
+    assert len(seen) == 4
 
 
 async def test_requests_on_one_connection_are_each_checked() -> None:

@@ -348,8 +348,9 @@ def test_names_without_case() -> None:
         (command(f"refs/heads/{BRANCH}\n") + b"0000PACK", 403, "may push to"),
         (command(f"refs/heads/{BRANCH}", new=ZERO) + b"0000", 403, "may not delete"),
         (command(f"refs/heads/{BRANCH}") + command("refs/heads/main") + b"0000PACK", 403, "may push to"),
+        (command(f"refs/heads/{BRANCH}") * 2 + b"0000PACK", 403, "changes a branch once"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 async def test_pushes_by_hand(body: bytes, status: int, reason: str) -> None:
     async def handler(exchange: Exchange) -> None:
@@ -363,6 +364,35 @@ async def test_pushes_by_hand(body: bytes, status: int, reason: str) -> None:
     assert answer.text.startswith("Taskyard: ")
     assert reason in answer.text
     assert [told.status for told in door.refusals] == [status]
+
+
+async def test_a_push_that_is_not_remembered_does_not_go_out() -> None:
+    """Who drives the run is asked first: another worker may have it by now."""
+    told: list[str] = []
+
+    async def on_push(commit: str) -> bool:
+        told.append(commit)
+        return False
+
+    async def handler(exchange: Exchange) -> None:
+        raise AssertionError("the server must not hear of it")
+
+    async with open_upstream(handler) as (url, seen):
+        repository = GitRepository("acme/shop", f"{url}/acme/shop.git", (BRANCH,), token, on_push)
+        async with open_door(git=[repository]) as door:
+            body = command(f"refs/heads/{BRANCH}") + b"0000PACK"
+            answer = await raw(door, "POST /git/acme/shop.git/git-receive-pack", body)
+    assert (answer.status_code, len(told), seen) == (403, 1, [])
+    assert "driven elsewhere" in answer.text
+
+
+async def test_a_neighbour_at_an_international_host() -> None:
+    repository = GitRepository("acme/shop", "https://m\u00fcnchen.example/acme/shop", (), token)
+    async with open_door(git=[repository]) as door:
+        answer = await raw(door, "GET /git/acme/shop-x/info/refs?service=git-upload-pack")
+    assert answer.status_code == 302
+    expected = "https://xn--mnchen-3ya.example/acme/shop-x/info/refs?service=git-upload-pack"
+    assert answer.headers["location"] == expected
 
 
 async def test_a_compressed_push_is_refused() -> None:

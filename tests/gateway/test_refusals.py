@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from taskyard.gateway.calls import MAX_BODY
-from taskyard.gateway.connection import MAX_HEAD
+from taskyard.gateway.connection import MAX_FIELDS, MAX_HEAD
 from taskyard.gateway.policy import Refusal
 from taskyard.gateway.server import MAX_CONNECTIONS
 from tests.support.door import KEY, Door, Exchange, open_door, open_upstream
@@ -101,6 +101,9 @@ async def test_an_answer_to_head_has_no_body() -> None:
         (POST + b"X: " + b"x" * MAX_HEAD + b"\r\n\r\n", 431),
         (POST + b"X: " + b"x" * MAX_HEAD, 431),
         (b"GET /" + b"x" * 2 * MAX_HEAD, 431),
+        (POST + b"a:\r\n" * (MAX_FIELDS + 1) + b"\r\n", 431),
+        (b"post /anthropic/v1/messages HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"connect allowed.test:443 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     ],
 )
 async def test_not_readable(request_bytes: bytes, status: int) -> None:
@@ -179,6 +182,19 @@ async def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> 
         assert await door.send(b"") == b""
         assert await door.send(b"GET / HT") == b""
     assert not door.refusals
+
+
+async def test_a_body_that_never_comes_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taskyard.gateway.connection.IDLE_S", 0.1)
+    async with open_door(allowed_models=[["*"]]) as door:
+        assert await door.send(POST + b"Content-Length: 5\r\n\r\n{") == b""
+
+
+async def test_what_is_told_of_a_refusal_is_short() -> None:
+    async with open_door() as door:
+        await door.send(b"X" * 60_000 + b" /anthropic/v1/messages HTTP/1.1\r\nHost: x\r\n\r\n")
+    [told] = door.refusals
+    assert len(told.method) + len(told.target) + len(told.reason) < 2000
 
 
 async def test_a_callback_that_fails_is_logged_without_values() -> None:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from taskyard.gateway.connection import MAX_HEAD, Connection
 from tests.support.door import KEY, Door, Exchange, eventually, open_door, open_upstream
 
 MESSAGES = "/anthropic/v1/messages"
@@ -175,6 +176,63 @@ async def test_keep_alive_and_pipelining() -> None:
         ] + [b"/v1/messages?n=20"]
         # one upstream connection served them all
         assert len({e.writer.get_extra_info("peername") for e in seen}) == 1
+
+
+async def test_requests_ahead_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answered request makes room for one more piece, and what is there already counts."""
+    made: list[Connection] = []
+    begin = Connection.run
+
+    async def run(self: Connection) -> None:
+        made.append(self)
+        await begin(self)
+
+    monkeypatch.setattr(Connection, "run", run)
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(b"{}")
+
+    async with open_upstream(handler) as (url, seen), open_door(url) as door:
+        reader, writer = await door.connect()
+        many = b"GET /anthropic/api/hello HTTP/1.1\r\nHost: x\r\n\r\n" * 20_000
+        writer.write(many)
+        most = 0
+        async with asyncio.timeout(60):
+            while len(seen) < 200:
+                assert await reader.read(65536)
+                most = max(most, len(made[0]._http.trailing_data[0]))
+        writer.transport.abort()
+    assert 0 < most <= 2 * MAX_HEAD
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+async def test_pieces_of_one_byte_do_not_hold_up_others(way: str) -> None:
+    pieces = b"1\r\nx\r\n" * 30_000 + b"0\r\n\r\n"
+    longest = 0.0
+
+    async def beat() -> None:
+        nonlocal longest
+        while True:
+            before = time.process_time()
+            await asyncio.sleep(0)
+            longest = max(longest, time.process_time() - before)
+
+    async def handler(exchange: Exchange) -> None:
+        if way == "down":
+            await exchange.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + pieces)
+        else:
+            await exchange.read_until(b"0\r\n\r\n")
+            await exchange.answer(b"{}")
+
+    async with open_upstream(handler, read_body=way == "down") as (url, _), open_door(url) as door:
+        beating = asyncio.create_task(beat())
+        body = pieces if way == "up" else b"2\r\n{}\r\n0\r\n\r\n"
+        head = (
+            f"POST {MESSAGES} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        assert (await door.send(head.encode() + body)).startswith(b"HTTP/1.1 200")
+        beating.cancel()
+    assert longest < 0.1, "others had to wait"
 
 
 async def test_head_no_content_and_100_continue() -> None:

@@ -484,6 +484,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"SSH-2.0-x\r\n",
         b"HTTP/1.1 2",
+        HEAD + b"Content-Length: 000000000000000000002\r\n\r\nok",
         CHUNKED + b"2\r\nokXX0\r\n\r\n",
         CHUNKED + b"2\nok\r\n0\r\n\r\n",
         CHUNKED + b"-2\r\nok\r\n0\r\n\r\n",

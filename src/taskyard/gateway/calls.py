@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 
 import h11
@@ -203,7 +204,7 @@ def check_model(policy: Policy, model: str) -> Refused | None:
 
 def check_query(query: str) -> Refused | None:
     """Whether nothing in the query of a call can say its model once more, as some upstreams let it."""
-    names = [part.partition("=")[0] for part in query.split("&") if part]
+    names = [part.partition("=")[0] for part in re.split("[&;]", query) if part]
     if all(name in QUERY for name in names):
         return None
     return Refused(

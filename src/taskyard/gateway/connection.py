@@ -28,6 +28,7 @@ IDLE_S = 300
 MAX_LOOKUPS = 4
 """Names that a run looks up at once: names whose server never answers must not fill the resolvers of all runs."""
 MAX_FIELDS = 256
+_LONG_HEAD = 4096
 _CHUNK = 64 * 1024
 _LINGER_S = 2
 _BREATH = 64
@@ -48,6 +49,8 @@ class Side:
     on_refusal: Callable[[Refusal], None]
     on_call: Callable[[ModelCall], None]
     lookups: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LOOKUPS))
+    long_heads: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Many fields take long to read: one head after the other, and others between them."""
     calls: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(mcp.AT_ONCE))
 
 
@@ -135,14 +138,18 @@ class Connection:
         """The next request; None when there is none or it was bad, which has then been answered."""
         while True:
             try:
-                event = self._http.next_event()
+                if len(self._http.trailing_data[0]) < _LONG_HEAD:
+                    event = self._http.next_event()
+                else:
+                    async with self._side.long_heads:
+                        await asyncio.sleep(0)
+                        event = self._http.next_event()
             except h11.RemoteProtocolError as error:
                 await self.refuse(Refused(error.error_status_hint, f"bad request: {error}"))
                 return None
             if isinstance(event, h11.Request):
                 # The parser's limit is for unfinished heads only.
                 size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
-                await asyncio.sleep(0)  # many fields take long to read
                 if size > MAX_HEAD or len(event.headers) > MAX_FIELDS:
                     refused = Refused(431, f"the headers exceed {MAX_HEAD} bytes, or {MAX_FIELDS} fields.")
                     await self.refuse(refused, event.method.decode("ascii"), event.target.decode("ascii"))
