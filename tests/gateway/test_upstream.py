@@ -493,6 +493,8 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
         CHUNKED + b"2\r\nok\r\n",
         CHUNKED + b"2\r\nok\r\n0\r\n",
         CHUNKED + b"2\r\nok\r\n0\r\nno field\r\n\r\n",
+        CHUNKED + b"2\r\nok\r\n0\r\nTransfer-Encoding: chunked\r\n\r\n",
+        CHUNKED + b"2\r\nok\r\n0\r\nX: y\r\nContent-Length: 2\r\n\r\n",
         HEAD + b"Content-Length: 3\r\n\r\nok",
     ],
 )

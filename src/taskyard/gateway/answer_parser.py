@@ -78,8 +78,11 @@ class AnswerParser:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._fields += len(name) + len(value) + 4
-        if not self.begun:  # else it is a trailer, and ends here
-            self.headers.append((name.lower(), value.strip(b" \t")))
+        name = name.lower()
+        if not self.begun:
+            self.headers.append((name, value.strip(b" \t")))
+        elif name in (b"content-length", b"transfer-encoding"):  # other trailers end here
+            raise ValueError("a trailer tells the length again")
 
     def on_headers_complete(self) -> None:
         if self.complete:
