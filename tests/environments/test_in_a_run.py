@@ -203,6 +203,28 @@ async def test_a_set_up_script_that_changes_the_workspace_runs_each_time(live: Y
     assert not (live.settings.data_dir / layers.FOLDER).exists()
 
 
+async def test_what_an_agent_changed_is_in_no_layer(live: Yard, tmp_path: Path) -> None:
+    """A resumed run has the commit of a clean one; its script runs what the agent before it wrote."""
+    shop = make_repository(tmp_path / "shop")
+    commit_file(shop, "setup.sh", "echo clean > ~/made\n")
+    name = ok(await live.api().post("repositories/", {"origin": str(shop)}), 201)["name"]
+    wanted = await environment(live, setup_script="sh ./setup.sh", private=False)
+    options = {"sandbox_environment_id": wanted, **SCRIPTED}
+    first = await live.api().start("SHELL echo 'echo planted > ~/made' > setup.sh", repository=name, **options)
+    await finished(first, "completed")
+    # So the layer of the first run does not fit any more.
+    ok(await live.api().patch(f"sandbox_environments/{wanted}/", {"environment_variables": {"WHO": "other"}}))
+    show = "SHELL cat ~/made; echo that is it"
+    body = {"resume_from_run_id": first.id, "pending_user_message": show, **options}
+    task = ok(await live.api().post(f"tasks/{first.task_id}/run/", body))
+    _, log = await finished(Run(live.api(), first.task_id, task["latest_run"]["id"]), "completed")
+    assert "planted\\nthat is it" in json.dumps(log), "a resumed run goes on in the workspace as it was left"
+    other = await live.api("bob").start(show, repository=name, **options)
+    _, log = await finished(other, "completed")
+    assert AGAIN not in json.dumps(log)
+    assert "clean\\nthat is it" in json.dumps(log)
+
+
 async def test_a_layer_that_is_damaged_or_too_old_is_not_used(live: Yard) -> None:
     wanted = await environment(live, setup_script="echo tool > ~/tool")
     folder = live.settings.data_dir / layers.FOLDER

@@ -2,7 +2,8 @@
 
 A layer is the home folder of a sandbox after its script, and before any agent. It is used again for the same
 environment, unchanged, the same commit of the same repository and the same kind of sandbox, for `runs.setup_cache_s`.
-A script that changed the workspace runs each time: what it did there belongs to that workspace.
+A script that changed the workspace runs each time: what it did there belongs to that workspace. A script that ran in a
+workspace that an agent had changed makes no layer: it may have run what the agent wrote.
 """
 
 from __future__ import annotations

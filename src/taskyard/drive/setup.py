@@ -88,12 +88,16 @@ class PreparingRun(ConversingRun):
             here = await self._attend(self._find_sandbox(own))
         assert self._sandbox is not None
         self._work = self._new_work(self._sandbox)
+        # No agent was in it yet: all that is there comes from the mirror.
+        fresh = not here and kept is None and not self._resumed
         here = await self._attend(self._fill_workspace(kept, here=here))
         variables = await self._patiently(lambda: user_variables(parts.settings, parts.database, environment))
         self._hide(secret_values(variables))
         if environment is not None and environment["setup_script"].strip() and not here:
             async with self._step("setup", "Running the set-up script", "setup_failed"):
-                await self._attend(self._run_setup(self._sandbox, self._work, environment, variables))
+                await self._attend(
+                    self._run_setup(self._sandbox, self._work, environment, variables, fresh=fresh)
+                )
         self._was_set_up = True
         session_id: str | None = None
         if kept is not None and kept.agent == adapter.name:
@@ -238,11 +242,18 @@ class PreparingRun(ConversingRun):
             return False
 
     async def _run_setup(
-        self, sandbox: Sandbox, work: Work, environment: Row, variables: Mapping[str, str]
+        self,
+        sandbox: Sandbox,
+        work: Work,
+        environment: Row,
+        variables: Mapping[str, str],
+        *,
+        fresh: bool,
     ) -> None:
         """The environment's script, or what it made in an earlier run that was like this one.
 
-        What it does outside of the workspace stays with the sandbox only.
+        What it does outside of the workspace stays with the sandbox only. fresh: no agent has changed the workspace.
+        Else what the script makes is the agent's word, and of no use to other runs.
         """
         parts, keep_s = self.parts, self._limits.setup_cache_s
         key = layers.key_of(
@@ -259,7 +270,8 @@ class PreparingRun(ConversingRun):
                         f"The set-up script ran {age / 60:.0f} minutes ago; its result is used again."
                     )
                     return
-        began = await layers.now_inside(sandbox) if keep_s else ""
+        kept = keep_s > 0 and fresh
+        began = await layers.now_inside(sandbox) if kept else ""
         gateway = await open_gateway(
             parts.settings, parts.database, self._row, environment, self.recorder, git=work.served
         )
@@ -276,7 +288,7 @@ class PreparingRun(ConversingRun):
             )
         finally:
             await asyncio.shield(gateway.close())
-        if keep_s:
+        if kept:
             await layers.keep(parts.settings.data_dir, key, sandbox, began)
 
     async def _say(self, line: str) -> None:
