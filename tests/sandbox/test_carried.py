@@ -12,7 +12,21 @@ import pytest
 from taskyard.sandbox import carried
 from taskyard.sandbox.bubblewrap import BubblewrapSandbox
 from taskyard.sandbox.carried import CarriedProcess, Order
-from taskyard.sandbox.carrier import DATA, EXIT, HEADER, MAX_FRAME, OPEN, READY, STDIO, WINDOW, Mux
+from taskyard.sandbox.carrier import (
+    CLOSE,
+    CREDIT,
+    DATA,
+    EOF,
+    EXIT,
+    HEADER,
+    LATE,
+    MAX_FRAME,
+    OPEN,
+    READY,
+    STDIO,
+    WINDOW,
+    Mux,
+)
 from taskyard.sandbox.provider import Process, Reason, SandboxError
 from tests.support.served import FETCH, Served
 
@@ -215,19 +229,36 @@ async def test_a_start_that_is_given_up_at_once_leaves_no_carrier(
         assert (await process.wait()).reason == "killed"
 
 
+def frame(kind: int, number: int, data: bytes = b"") -> bytes:
+    return HEADER.pack(kind, number, len(data)) + data
+
+
+END = frame(EXIT, 0, b'{"code": 0, "timeout": false}')
 HOSTILE = {
-    "huge frame": HEADER.pack(DATA, STDIO, MAX_FRAME + 1),
-    "more than the window": HEADER.pack(DATA, STDIO, WINDOW + 1),
-    "one channel twice": HEADER.pack(OPEN, 7, 0) * 2,
-    "an end that is none": HEADER.pack(EXIT, 0, 2) + b"[]",
-    "an end without an end": HEADER.pack(EXIT, 0, 100_000) + b"[" * 100_000,
-    "an end with a long story": HEADER.pack(EXIT, 0, 30) + b'{"code": "a", "timeout": true}',
-    "a status that cannot be": HEADER.pack(EXIT, 0, 31) + b'{"code": 99999,"timeout":false}',
+    "huge frame": (HEADER.pack(DATA, STDIO, MAX_FRAME + 1), "too large"),
+    "more than the window": (frame(DATA, STDIO, bytes(WINDOW + 1)), "more data than was allowed"),
+    "one channel twice": (frame(OPEN, 7) * 2, "no more channels"),
+    "an end that is none": (frame(EXIT, 0, b"[]"), "an end that is none"),
+    "an end without an end": (frame(EXIT, 0, b"[" * 100), "Expecting value"),
+    "an end with a long story": (frame(EXIT, 0, b'{"code": "a", "timeout": true}'), "cannot be"),
+    "an end with a very long story": (frame(EXIT, 0, b" " * 100_000), "a long one"),
+    "a status that cannot be": (frame(EXIT, 0, b'{"code": 99999,"timeout":false}'), "cannot be"),
+    "many ends": (END * 1000, "a second end"),
+    "ready twice": (frame(READY, 0), "not for the server"),
+    "a frame of another kind": (frame(77, 0), "not for the server"),
+    "data of a channel that was never open": (frame(DATA, 7, b"x"), "not open"),
+    "data without any": (frame(DATA, STDIO), "data without any"),
+    "credit for nothing": (frame(CREDIT, STDIO, bytes(4)), "credit"),
+    "credit for what was not sent": (frame(CREDIT, STDIO, bytes((0, 0, 0, 1))), "credit"),
+    "credit in many bytes": (frame(CREDIT, STDIO, bytes(1000)), "credit"),
+    "the end of a channel twice": (frame(EOF, STDIO) * 2, "second end"),
+    "a channel closed twice": (frame(CLOSE, STDIO) * 2, "second end"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_frames_that_break_the_rules_end_the_command(sandbox: BubblewrapSandbox, name: str) -> None:
+    frames, said = HOSTILE[name]
     script = f"""
 import struct, sys, time
 sys.stdout.buffer.write({HEADER.pack(READY, 0, 0)!r})
@@ -235,26 +266,30 @@ sys.stdout.flush()
 sys.stdin.buffer.read({len(carried.SOURCE)})
 for _ in "START", "GO":
     sys.stdin.buffer.read(struct.unpack("!BII", sys.stdin.buffer.read(9))[2])
-sys.stdout.buffer.write({HOSTILE[name]!r} + bytes({WINDOW + 1}))
+sys.stdout.buffer.write(sys.stdin.buffer.read({len(frames)}))
 sys.stdout.flush()
 time.sleep(600)
 """
     served = Served()
-    wire = PipeWire(await sandbox.exec(["python3", "-c", script], stdin=True))
+    inner = await sandbox.exec(["python3", "-c", script], stdin=True)
     process = await carried.start(
-        wire,
+        PipeWire(inner),
         Order(["true"], ENV, "/"),
         stdin=False,
         on_listener=served.serve,
         scratch=sandbox.scratch,
         max_output=None,
     )
+    # Not among its arguments, where they would not find room.
+    assert inner.stdin is not None
+    inner.stdin.write(frames)
     async with asyncio.timeout(60):
         end = await process.wait()
     await process.kill()
     await served.close()
     assert end.reason == "killed"
     assert "broke the rules" in end.stderr_tail
+    assert said in end.stderr_tail
 
 
 async def test_frames_in_pieces() -> None:
@@ -266,25 +301,32 @@ async def test_frames_in_pieces() -> None:
         sent.append(data)
 
     mux = Mux(write, lambda kind, number, data: frames.append((kind, number, data)))
+    mux.forget(mux.open(4))
     channel = mux.open(5)
-    stream = b"".join(
-        HEADER.pack(kind, number, len(data)) + data
-        for kind, number, data in [
-            (OPEN, 9, b""),
-            (DATA, 5, b"abc"),
-            (DATA, 6, b"lost"),
-            (DATA, 5, b"d"),
-            (8, 5, b""),
-        ]
-    )
+    stream = frame(OPEN, 9) + frame(DATA, 5, b"abc") + frame(DATA, 4, b"lost") + frame(DATA, 5, b"d")
+    stream += frame(EOF, 5)
     for index in range(len(stream)):
         mux.feed(stream[index : index + 1])
     assert frames == [(OPEN, 9, b"")]
     assert await channel.receive() == b"abcd"
     assert await channel.receive() == b""
-    assert sent == [HEADER.pack(7, 5, 4) + struct.pack("!I", 4)]
+    assert sent == [frame(CREDIT, 5, struct.pack("!I", 4))]
     with pytest.raises(ValueError, match="no more channels"):
         mux.open(5)
     mux.lose()
     with pytest.raises(ConnectionError):
         await channel.send(b"x" * (WINDOW + 1))
+
+
+async def test_what_comes_late_for_a_channel() -> None:
+    """All that was under way when it was closed is dropped, also in the smallest frames, and not more."""
+
+    async def write(data: bytes) -> None:
+        pass
+
+    mux = Mux(write, lambda kind, number, data: None)
+    mux.forget(mux.open(1))
+    credit = frame(CREDIT, 1, struct.pack("!I", 1))
+    mux.feed(frame(DATA, 1, b"x") * WINDOW + credit * WINDOW + frame(EOF, 1) + frame(CLOSE, 1))
+    with pytest.raises(ValueError, match="not open"):
+        mux.feed(frame(DATA, 1, b"x") * (LATE // 10))

@@ -30,6 +30,8 @@ COMMAND = ("python3", "-I", "-S", "-c", carrier.BOOT % (len(SOURCE), len(SOURCE)
 """What a sandbox runs to carry a command; standard input first takes SOURCE."""
 START_S = 60.0
 MAX_STATUS = 255
+MAX_END = 1024
+"""Bytes in which a carrier tells how its command ended."""
 SIGKILL_STATUS = 128 + 9
 
 
@@ -178,15 +180,19 @@ class CarriedProcess:
     # --- what comes from inside ---
 
     def _took(self, kind: int, number: int, data: bytes) -> None:
-        if kind == READY:
+        if kind == READY and not self._ready.is_set():
             self._ready.set()
         elif kind == EXIT:
+            if self._exit is not None or len(data) > MAX_END:
+                raise ValueError("a second end, or a long one")
             self._exit = _exit_of(data)
             self._keep(self._hear())
         elif kind == OPEN:
             if not self._gateway:
                 raise ValueError("it has no way out")
             self._keep(self._connect(self._mux.open(number)))
+        else:
+            raise ValueError("a frame that is not for the server")
 
     async def _hear(self) -> None:
         """All has arrived, so the carrier may end."""
@@ -217,6 +223,7 @@ class CarriedProcess:
                     self._tail.add(data)
         except ValueError as error:
             self._tail.add(f"what carries the streams of the sandbox broke the rules: {error}".encode())
+            self._exit = None
             await self._wire.kill()
         except OSError as error:
             self._tail.add(f"the connection to the sandbox broke: {error}".encode())

@@ -35,6 +35,9 @@ WINDOW = 256 * 1024
 PIECE = 32 * 1024
 MAX_FRAME = 4 * 1024 * 1024
 MAX_CHANNELS = 512
+LATE = 24 * WINDOW
+"""Bytes of frames that can still be under way to a channel when one end has done with it: a window of data and a window
+of credit, byte by byte, each with its header."""
 LINGER_S = 10.0
 """The server has taken note of a command's end within this time."""
 LOST = 125
@@ -55,7 +58,7 @@ class Channel:
         self._inbox: list[bytes] = []
         self._pending = 0
         self._news = asyncio.Event()
-        self._ended = self._broken = False
+        self._ended = self._closed = self._broken = False
 
     async def send(self, data: bytes) -> None:
         """Send all of it. Raises ConnectionError when the channel or the connection is gone."""
@@ -93,23 +96,39 @@ class Channel:
     async def abort(self) -> None:
         """Give the channel up, in both directions."""
         if not self._broken:
-            self.took(CLOSE, b"")
+            self.lose()
             await self._mux.send(CLOSE, self.number)
 
+    def lose(self) -> None:
+        """Nothing goes in either direction any more."""
+        self._broken = True
+        self._room.set()
+        self._news.set()
+
     def took(self, kind: int, data: bytes) -> None:
-        """A frame of this channel has come. Raises ValueError for one that breaks the rules."""
+        """A frame of this channel has come. Raises ValueError for one that breaks the rules.
+
+        None may come for nothing, so that the other end cannot keep this one busy with them.
+        """
         if kind == DATA:
             self._pending += len(data)
             if self._pending > WINDOW or self._ended:
                 raise ValueError("more data than was allowed")
-            if data:
-                self._inbox.append(data)
+            if not data:
+                raise ValueError("data without any")
+            self._inbox.append(data)
         elif kind == CREDIT:
-            self._credit = min(self._credit + int.from_bytes(data, "big"), WINDOW)
+            credit = int.from_bytes(data, "big")
+            if len(data) != 4 or not 0 < credit <= WINDOW - self._credit:
+                raise ValueError("credit for what was not sent")
+            self._credit += credit
+        elif data or self._closed or (kind == EOF and self._ended):
+            raise ValueError("a second end of a channel")
         elif kind == EOF:
             self._ended = True
         else:
-            self._broken = True
+            self._closed = True
+            self.lose()
         self._room.set()
         self._news.set()
 
@@ -125,17 +144,22 @@ class Mux:
         self._lock = asyncio.Lock()
         self._buffer = bytearray()
         self._channels: dict[int, Channel] = {}
+        self._last = -1
+        self._late = 0
+        """Bytes that may still come for channels that are forgotten."""
 
     def open(self, number: int) -> Channel:
-        """The channel of this number, new. Raises ValueError for one that is open, or one too many."""
-        if number in self._channels or len(self._channels) >= MAX_CHANNELS:
+        """The channel of this number, new: numbers rise. Raises ValueError for one that was there, or one too many."""
+        if number <= self._last or len(self._channels) >= MAX_CHANNELS:
             raise ValueError("no more channels")
+        self._last = number
         self._channels[number] = Channel(self, number)
         return self._channels[number]
 
     def forget(self, channel: Channel) -> None:
         """What still comes for it is dropped."""
-        self._channels.pop(channel.number, None)
+        if self._channels.pop(channel.number, None) is not None:
+            self._late += LATE
 
     async def send(self, kind: int, number: int = 0, data: bytes = b"") -> None:
         """Send one frame. Raises OSError when the connection is gone."""
@@ -157,13 +181,20 @@ class Mux:
             if kind in (DATA, CREDIT, EOF, CLOSE):
                 if channel is not None:
                     channel.took(kind, content)
+                else:
+                    self._drop(number, HEADER.size + size)
             else:
                 self._on_frame(kind, number, content)
+
+    def _drop(self, number: int, size: int) -> None:
+        self._late -= size
+        if number > self._last or self._late < 0:
+            raise ValueError("a frame of a channel that is not open")
 
     def lose(self) -> None:
         """The connection is gone: so are all channels."""
         for channel in self._channels.values():
-            channel.took(CLOSE, b"")
+            channel.lose()
 
 
 async def relay(channel: Channel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
