@@ -210,7 +210,9 @@ async def test_what_an_agent_changed_is_in_no_layer(live: Yard, tmp_path: Path) 
     name = ok(await live.api().post("repositories/", {"origin": str(shop)}), 201)["name"]
     wanted = await environment(live, setup_script="sh ./setup.sh", private=False)
     options = {"sandbox_environment_id": wanted, **SCRIPTED}
-    first = await live.api().start("SHELL echo 'echo planted > ~/made' > setup.sh", repository=name, **options)
+    first = await live.api().start(
+        "SHELL echo 'echo planted > ~/made' > setup.sh", repository=name, **options
+    )
     await finished(first, "completed")
     # So the layer of the first run does not fit any more.
     ok(await live.api().patch(f"sandbox_environments/{wanted}/", {"environment_variables": {"WHO": "other"}}))

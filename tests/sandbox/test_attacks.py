@@ -327,6 +327,39 @@ async def test_a_fork_bomb_is_held(hut: AnyHut) -> None:
     assert not any(path.exists() for path in counts)
 
 
+# What is killed makes room for no other.
+HOARDER = """
+import os, time
+def crowd():
+    try:
+        while os.fork():
+            pass
+    except OSError:
+        return
+    time.sleep(600)
+    os._exit(0)
+crowd()
+with open("big", "wb") as file:
+    file.write(bytes(60_000_000))
+print("written", flush=True)
+while True:
+    crowd()
+    time.sleep(0.05)
+"""
+
+
+@needs_limits
+async def test_a_crowd_does_not_hold_off_the_disk_limit(hut: AnyHut) -> None:
+    limits = Limits(cpus=1, memory_mb=256, pids=64, tmp_mb=16, disk_mb=32)
+    sandbox = await hut.sandbox("hoarder", limits)
+    process = await sandbox.exec(["python3", "-c", HOARDER])
+    assert await first_line(process) == "written"
+    async with asyncio.timeout(60):
+        end = await process.wait()
+    assert end.reason == "disk"
+    assert "it holds" in end.stderr_tail, "it is measured all the same"
+
+
 @needs_limits
 async def test_memory_is_limited(hut: AnyHut) -> None:
     sandbox = await hut.sandbox("eater", Limits(cpus=1, memory_mb=64, pids=64, tmp_mb=256))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from taskyard.errors import SetupError
-from taskyard.sandbox import launch, policy, selftest
+from taskyard.sandbox import image_checks, launch, policy, selftest
 from taskyard.sandbox.bubblewrap import BubblewrapProvider
-from taskyard.sandbox.provider import Limits, Spec
+from taskyard.sandbox.provider import Limits, SandboxError, Spec
 from taskyard.settings import Settings
 from taskyard.settings.sandboxes import SandboxSettings
 from tests.support.sandboxes import Hut
@@ -92,6 +92,23 @@ async def test_selftest(hut: Hut) -> None:
     ], problems
     assert await hut.provider.list() == []
     assert not any(name.startswith("TASKYARD_SELFTEST") for name in os.environ)
+
+
+async def test_selftest_takes_no_flood(hut: Hut, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "KERNEL_SETTINGS", "head -c 10000000 /dev/zero")
+    [problem] = await selftest.selftest(hut.provider)
+    assert problem.fatal
+    assert "says more than 65536 bytes" in problem.detail
+
+
+async def test_what_an_image_says(hut: Hut, monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = await hut.sandbox()
+    assert await image_checks.said(sandbox, "echo", "fine") == "fine\n"
+    with pytest.raises(SandboxError, match="says more than 65536 bytes"):
+        await image_checks.said(sandbox, "head", "-c", "10000000", "/dev/zero")
+    monkeypatch.setattr(image_checks, "DEADLINE_S", 0.2)
+    with pytest.raises(SandboxError, match="a command in a sandbox"):
+        await image_checks.said(sandbox, "sleep", "600")
 
 
 async def test_selftest_notices_a_leaking_environment(hut: Hut, monkeypatch: pytest.MonkeyPatch) -> None:

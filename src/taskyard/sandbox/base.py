@@ -47,6 +47,8 @@ class Command:
     on_listener: ListenerHandler | None = None
     max_output: int | None = None
     seconds: float | None = None
+    apart: bool = False
+    """Of the server's: what runs in the sandbox should not be able to hold it off."""
 
 
 class OwnProcess(Process, Protocol):
@@ -58,6 +60,9 @@ class OwnProcess(Process, Protocol):
 
     async def kill(self, why: Reason = "killed") -> None:
         """See provider.Process. why: what wait() tells as the reason."""
+
+    def remark(self, text: str) -> None:
+        """Add a line of the server's to standard error."""
 
 
 P = TypeVar("P", bound=OwnProcess)
@@ -104,7 +109,23 @@ class BaseSandbox(ABC, Generic[P]):
 
     async def exec(self, argv: Sequence[str], **options: Unpack[Options]) -> P:
         """See provider.Sandbox."""
-        if not argv:
+        process = await self._exec(Command(argv, **options))
+        limits = self.hold.limits
+        if (
+            self._disk is not None
+            and limits is not None
+            and limits.disk_mb is not None
+            and self._ending is None
+        ):
+            self._disk.add(self, limits.disk_mb)
+        return process
+
+    async def exec_apart(self, argv: Sequence[str], **options: Unpack[Options]) -> P:
+        """exec() for a look at the sandbox, which what runs there holds off as little as can be."""
+        return await self._exec(Command(argv, **options, apart=True))
+
+    async def _exec(self, command: Command) -> P:
+        if not command.argv:
             raise ValueError("a command has at least one item")
         if self._ending is not None:
             raise SandboxError(f"the sandbox {self.id} is destroyed")
@@ -114,18 +135,15 @@ class BaseSandbox(ABC, Generic[P]):
         starting = asyncio.get_running_loop().create_future()
         self._starting.add(starting)
         try:
-            command = Command(argv, **options)
-            command = replace(command, mounts=(*self._mounts, *command.mounts))
-            process = await self._start(command, limits)
+            return await self._start(replace(command, mounts=(*self._mounts, *command.mounts)), limits)
         finally:
             self._starting.discard(starting)
             starting.set_result(None)
-        if self._disk is not None and limits.disk_mb is not None:
-            self._disk.add(self, limits.disk_mb)
-        return process
 
-    async def fill_up(self) -> None:
-        """End everything in it because it holds more than its limit of disk space."""
+    async def fill_up(self, said: str) -> None:
+        """End everything in it because it holds more than its limit of disk space; said: what is known of that."""
+        for process in self._processes:
+            process.remark(said)
         await asyncio.gather(*(process.kill("disk") for process in self._processes))
 
     async def destroy(self) -> None:

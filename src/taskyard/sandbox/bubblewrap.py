@@ -18,9 +18,9 @@ from dataclasses import replace
 
 from taskyard.sandbox import cgroups, checks, strays, sweep
 from taskyard.sandbox.base import BaseSandbox, Command
-from taskyard.sandbox.cgroups import Cgroups
+from taskyard.sandbox.cgroups import Cgroups, Group
 from taskyard.sandbox.disk import DiskWatch
-from taskyard.sandbox.folder import Folder, group_name
+from taskyard.sandbox.folder import Folder, group_names
 from taskyard.sandbox.hold import check_id
 from taskyard.sandbox.identities import UidRange
 from taskyard.sandbox.launch import Host, command_line, door_command
@@ -154,13 +154,16 @@ class BubblewrapSandbox(BaseSandbox[BubblewrapProcess]):
         super().__init__(folder.hold, disk, mounts)
         self._host = host
         self._folder = folder
-        self._group = host.cgroups.group(group_name(folder.path)) if host.cgroups else None
+        self._group: Group | None = None
+        self._beside: Group | None = None
+        """Of what looks at its disk, so that what runs in it does not hold that off."""
+        if host.cgroups is not None:
+            self._group, self._beside = map(host.cgroups.group, group_names(folder.path))
         self._thread = threading.get_ident()
 
     async def take_over(self) -> None:
         """End what a dead server left running in it, and remove its temporary files. Raises SandboxError."""
-        if self._group is not None:
-            await self._group.remove()
+        await self._remove_groups()
         root = self._folder.path.parent
         found = await asyncio.to_thread(strays.find, root)
         await strays.end(root, [stray for stray in found if stray.sandbox_id == self.id])
@@ -168,15 +171,19 @@ class BubblewrapSandbox(BaseSandbox[BubblewrapProcess]):
 
     def limit(self) -> None:
         """Set the limits of the sandbox, where control groups can. Raises SandboxError."""
-        if self._group is not None and self.hold.limits is not None:
+        if self.hold.limits is not None:
             try:
-                self._group.create(self.hold.limits)
+                for group in filter(None, (self._group, self._beside)):
+                    group.create(self.hold.limits)
             except OSError as error:
                 raise SandboxError(f"the limits of a sandbox cannot be set: {error}") from error
 
+    async def _remove_groups(self) -> None:
+        for group in filter(None, (self._group, self._beside)):
+            await group.remove()
+
     async def _let_go(self, *, remove: bool) -> None:
-        if self._group is not None:
-            await self._group.remove()
+        await self._remove_groups()
         if remove:
             await self._folder.remove()
         else:
@@ -196,6 +203,7 @@ class BubblewrapSandbox(BaseSandbox[BubblewrapProcess]):
             cwd=command.cwd or WORKSPACE,
         )
         argv, on_listener = list(command.argv), command.on_listener
+        group = self._beside if command.apart else self._group
         info, info_writer = os.pipe()
         channel: socket.socket | None = None
         process: BubblewrapProcess | None = None
@@ -207,7 +215,7 @@ class BubblewrapSandbox(BaseSandbox[BubblewrapProcess]):
                     argv, needed = door_command(argv, handed.add(inside.detach()))
                     door = await asyncio.to_thread(SOURCE.read_bytes)
                     scene = replace(scene, mounts=(*scene.mounts, *needed), door=door)
-                line = command_line(self._host, self._folder, self._group, scene, argv, handed, info_writer)
+                line = command_line(self._host, self._folder, group, scene, argv, handed, info_writer)
                 process = await start(
                     line,
                     handed,

@@ -18,7 +18,7 @@ import yaml
 
 from taskyard.errors import SetupError
 from taskyard.sandbox.pods import CONTAINER
-from taskyard.sandbox.provider import SandboxError
+from taskyard.sandbox.provider import AwayError, SandboxError
 from taskyard.settings.sandboxes import KubernetesSettings
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _REMEDIES = {
 }
 
 
-class RefusedError(SandboxError):
+class RefusedError(AwayError):
     """The API server answered with an error. answer: its HTTP status."""
 
     def __init__(self, detail: str, answer: int) -> None:
@@ -311,9 +311,9 @@ class Cluster:
         finally:
             response.close()
 
-    def _away(self, error: BaseException) -> SandboxError:
+    def _away(self, error: BaseException) -> AwayError:
         said = str(error) or f"no answer for {CALL_S:g} seconds"
-        return SandboxError(f"the Kubernetes API server at {self.address} cannot be reached: {said}")
+        return AwayError(f"the Kubernetes API server at {self.address} cannot be reached: {said}")
 
 
 def _in_cluster() -> bool:

@@ -18,7 +18,7 @@ import aiohttp
 from aiodocker.volumes import DockerVolume
 
 from taskyard.errors import SetupError
-from taskyard.sandbox.provider import SandboxError
+from taskyard.sandbox.provider import AwayError
 from taskyard.settings.sandboxes import DockerSettings
 
 TALK_S = 60.0
@@ -32,7 +32,7 @@ _PAUSE_S = 0.1
 Json = dict[str, Any]
 
 
-class EngineError(SandboxError):
+class EngineError(AwayError):
     """The engine did not do what it was asked."""
 
     def __init__(self, detail: str, *, missing: bool = False) -> None:

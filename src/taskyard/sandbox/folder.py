@@ -105,6 +105,15 @@ def group_name(path: Path) -> str:
     return f"{path.name}.{path.lstat().st_ino:x}"
 
 
+def group_names(path: Path) -> tuple[str, str]:
+    """Its two control groups: that of all that runs in it, and one beside it for the look at its disk.
+
+    No other sandbox has such a name, since an inode ends each. Raises FileNotFoundError.
+    """
+    name = group_name(path)
+    return name, f"{name}.look"
+
+
 def _is_of(path: Path, identity: Identity | None) -> bool:
     """Whether a folder was finished: it is there, and given to its user."""
     try:

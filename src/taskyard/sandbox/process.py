@@ -68,6 +68,9 @@ class BubblewrapProcess:
     def stderr_tail(self) -> str:
         return self._tail.text()
 
+    def remark(self, text: str) -> None:
+        self._tail.remark(text)
+
     async def wait(self) -> Exit:
         return await asyncio.shield(self._end)
 

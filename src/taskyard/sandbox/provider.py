@@ -45,6 +45,10 @@ class KilledError(SandboxError):
     """A program in the sandbox was killed from outside, not by its caller: doing it again may well succeed."""
 
 
+class AwayError(SandboxError):
+    """What makes sandboxes cannot be reached, or refuses: it says nothing about the sandbox itself."""
+
+
 class LostError(SandboxError):
     """The sandbox itself is gone: nothing more can be done in it, and nothing of it can be kept."""
 

@@ -15,8 +15,11 @@ from contextlib import contextmanager
 
 from taskyard.errors import TaskyardError
 from taskyard.sandbox.provider import Limits, Problem, Provider, Sandbox, SandboxError, Spec
+from taskyard.sandbox.streams import read_all
 
 DEADLINE_S = 60.0
+MOST = 64 * 1024
+"""Bytes that a command may say."""
 _LIMITS = Limits(cpus=1, memory_mb=256, pids=64, tmp_mb=16)
 _REMEDY = "Do not run agents here: update the kernel and bubblewrap, and report it if that does not help."
 _HELD = "held"
@@ -109,11 +112,11 @@ async def _attack(sandbox: Sandbox, script: str, text: str) -> str:
 
 async def _said(sandbox: Sandbox, argv: Sequence[str], text: str) -> str:
     """What a command says that gets a text as its standard input."""
-    process = await sandbox.exec(argv, stdin=True)
+    process = await sandbox.exec(argv, stdin=True, max_output=MOST, seconds=DEADLINE_S)
     try:
         assert process.stdin is not None
         process.stdin.write(text.encode())
-        output = await process.stdout.read()
+        output = await read_all(process, MOST)
         end = await process.wait()
     finally:
         await process.kill()

@@ -10,7 +10,7 @@ from functools import partial
 
 import uvloop
 
-from taskyard.sandbox.provider import LINE_BYTES
+from taskyard.sandbox.provider import LINE_BYTES, Process, SandboxError
 
 READ_AHEAD = 64 * 1024
 """The transport stops reading at twice this much."""
@@ -115,9 +115,23 @@ class Tail:
             self.meter.count(len(data))
         self._bytes = (self._bytes + data)[-self._size :]
 
+    def remark(self, text: str) -> None:
+        """Add a line of the server's."""
+        self._bytes += f"\n{text}\n".encode()
+
     def text(self) -> str:
         """What is kept; bytes that are no UTF-8 become U+FFFD."""
         return self._bytes.decode("utf-8", "replace")
+
+
+async def read_all(process: Process, most: int) -> bytes:
+    """All that a command writes to standard output. Raises SandboxError when that is more than `most` bytes."""
+    output = b""
+    while chunk := await process.stdout.read(4096):
+        output += chunk
+        if len(output) > most:
+            raise SandboxError(f"a command in a sandbox says more than {most} bytes")
+    return output
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from taskyard.sandbox import identities, strays
-from taskyard.sandbox.folder import group_name
+from taskyard.sandbox.folder import group_names
 from taskyard.sandbox.provider import Kept, Provider, SandboxError, Swept
 from taskyard.sandbox.strays import Stray
 
@@ -87,7 +87,7 @@ def look(root: Path, groups: Callable[[], set[str]]) -> Facts:
     with_folder: set[str] = set()
     for folder in folders or ():
         with suppress(FileNotFoundError):
-            with_folder.add(group_name(folder))
+            with_folder.update(group_names(folder))
     try:
         names = sorted(path.name for path in root.iterdir())
     except FileNotFoundError:
