@@ -22,6 +22,9 @@ from taskyard.sandbox.provider import STDERR_BYTES, Exit, KilledError, Reason, S
 from taskyard.sandbox.streams import Meter, Streams, Tail, connect
 
 _START_S = 10.0
+_DRAIN_S = 1.0
+"""What was written to standard error is read within this time after the end. The pipe itself may last: another
+command of the sandbox can have got hold of it."""
 _SIGKILL_STATUS = 128 + signal.SIGKILL
 _FIRST_PID, _COMMAND_PID = 1, 2
 """In the process namespace of the sandbox: the first process starts the command first."""
@@ -129,7 +132,8 @@ class BubblewrapProcess:
             _reap(self._first)
             os.close(self._first)
             self._first = None
-        await self._drain
+        await asyncio.wait({self._drain}, timeout=_DRAIN_S)
+        self._drain.cancel()
         if self.stdin is not None and not self.stdin.is_closing():
             self.stdin.transport.abort()  # what was not written has no reader any more
         code = status if status >= 0 else 128 - status
