@@ -171,6 +171,42 @@ async def test_what_a_command_leaves_running_ends_with_it(sandbox: Sandbox, nap:
     assert processes_with(nap) == []
 
 
+KEEPER = """
+import socket
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("keeper")
+listener.listen()
+print("ready", flush=True)
+kept = []
+while True:
+    connection, _ = listener.accept()
+    kept.append(socket.recv_fds(connection, 1, 2))
+    print("kept", flush=True)
+"""
+GIVER = """
+import socket, sys, time
+connection = socket.socket(socket.AF_UNIX)
+connection.connect("keeper")
+socket.send_fds(connection, [b"x"], [1, 2])
+time.sleep(float(sys.argv[1]))
+"""
+
+
+async def test_an_end_does_not_wait_for_who_has_got_hold_of_its_output(sandbox: Sandbox) -> None:
+    keeper = await sandbox.exec(["python3", "-c", KEEPER])
+    assert await first_line(keeper) == "ready"
+    killed = await sandbox.exec(["python3", "-c", GIVER, "600"])
+    assert await first_line(keeper) == "kept"
+    async with asyncio.timeout(60):
+        await killed.kill()
+    ended = await sandbox.exec(["python3", "-c", GIVER, "0"])
+    assert await first_line(keeper) == "kept"
+    async with asyncio.timeout(60):
+        assert (await ended.wait()).code == 0
+        await ended.kill()
+        await keeper.kill()
+
+
 async def test_terminate_lets_the_command_finish(sandbox: Sandbox) -> None:
     script = "trap 'echo bye; exit 5' TERM; echo ready; while :; do sleep 0.05; done"
     process = await sandbox.exec(["sh", "-c", script])

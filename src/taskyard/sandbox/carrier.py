@@ -38,6 +38,8 @@ MAX_CHANNELS = 512
 LATE = 24 * WINDOW
 """Bytes of frames that can still be under way to a channel when one end has done with it: a window of data and a window
 of credit, byte by byte, each with its header."""
+MOST_LEFT = 1024 * 1024
+"""Bytes that a pipe may hold when all that wrote to it is gone."""
 LINGER_S = 10.0
 """The server has taken note of a command's end within this time."""
 LOST = 125
@@ -239,6 +241,8 @@ class _Inside:
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._go = asyncio.Event()
         self._heard = asyncio.Event()
+        self._over = asyncio.Event()
+        """The command has ended, and all that it started."""
         self._order: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Future[None]] = set()
         self._opened = 0
@@ -248,16 +252,8 @@ class _Inside:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(0, "rb", 0))
-        transport, protocol = await loop.connect_write_pipe(
-            asyncio.streams.FlowControlMixin, os.fdopen(os.dup(1), "wb", 0)
-        )
-        transport.set_write_buffer_limits(0)  # drain() is over when all is written
-        writer = asyncio.StreamWriter(transport, protocol, None, loop)
-
-        async def write(data: bytes) -> None:
-            writer.write(data)
-            await writer.drain()
-
+        write = await _writer(1)
+        self._complain = await _writer(2)
         self._mux = Mux(write, self._took)
         self._stdio = self._mux.open(STDIO)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
@@ -268,9 +264,7 @@ class _Inside:
         if not work.done():
             _kill_all()  # the server is gone, or breaks the rules
             return LOST
-        code = work.result()
-        writer.close()
-        return code
+        return work.result()
 
     async def _feed(self, reader: asyncio.StreamReader) -> None:
         while True:
@@ -319,27 +313,55 @@ class _Inside:
             cwd=order["cwd"],
             stdin=subprocess.PIPE if order["stdin"] else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,
         )
-        reader = asyncio.StreamReader()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), child.stdout)
         if child.stdin is not None:
             transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, child.stdin)
             self._keep(self._fill(asyncio.StreamWriter(transport, protocol, None, loop)))
-        output = asyncio.ensure_future(self._drain(reader))
+        assert child.stdout is not None
+        assert child.stderr is not None
+        output = asyncio.ensure_future(self._drain(child.stdout.fileno(), self._stdio.send))
+        errors = asyncio.ensure_future(self._drain(child.stderr.fileno(), self._complain))
         code = await self._status
         _kill_all()
+        self._over.set()
         await output
+        await self._stdio.end()
+        await errors
         return code
 
-    async def _drain(self, reader: asyncio.StreamReader) -> None:
-        while True:
-            data = await reader.read(PIECE)
+    async def _drain(self, descriptor: int, send: Callable[[bytes], Awaitable[object]]) -> None:
+        """Carry what comes by a pipe to its end, or until all is carried that was in it when the command was over.
+
+        The pipe may not end then: the command can have given its other end to somebody else in the sandbox.
+        """
+        loop = asyncio.get_running_loop()
+        os.set_blocking(descriptor, False)
+        left = MOST_LEFT
+        while left > 0:
+            over = self._over.is_set()
+            try:
+                data = os.read(descriptor, PIECE)
+            except BlockingIOError:
+                if over:
+                    return
+                more = asyncio.Event()
+                loop.add_reader(descriptor, more.set)
+                waits = [asyncio.ensure_future(event.wait()) for event in (more, self._over)]
+                try:
+                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    loop.remove_reader(descriptor)
+                    for wait in waits:
+                        wait.cancel()
+                continue
             if not data:
-                break
-            await self._stdio.send(data)
-        await self._stdio.end()
+                return
+            if over:
+                left -= len(data)
+            await send(data)
 
     async def _fill(self, writer: asyncio.StreamWriter) -> None:
         try:
@@ -392,6 +414,22 @@ class _Inside:
                 self._status.set_result(128 + os.WTERMSIG(status) if signalled else os.WEXITSTATUS(status))
 
 
+async def _writer(descriptor: int) -> Callable[[bytes], Awaitable[None]]:
+    """What writes to one of our own pipes, and is done when all is written."""
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.connect_write_pipe(
+        asyncio.streams.FlowControlMixin, os.fdopen(os.dup(descriptor), "wb", 0)
+    )
+    transport.set_write_buffer_limits(0)  # drain() is over when all is written
+    writer = asyncio.StreamWriter(transport, protocol, None, loop)
+
+    async def write(data: bytes) -> None:
+        writer.write(data)
+        await writer.drain()
+
+    return write
+
+
 def _kill_all() -> None:
     """End everything that the command has left: what it started became ours when its parents ended."""
     if os.getpid() == 1:
@@ -436,4 +474,5 @@ async def _main() -> int:
 if __name__ == "__main__":
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans below us become ours
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: our pipes are not for the command
     os._exit(asyncio.run(_main()))
