@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from taskyard.drive import attachments
+from taskyard.drive.attachments import AttachmentError, deliver
+from taskyard.objects.interface import Content
 from tests.support.repositories import run_git
+from tests.support.sandboxes import Hut, shell
 from tests.support.yard import Api, Json, Run, Yard, ok, updates
 
 SCRIPTED = {"agent": "scripted"}
@@ -90,3 +99,41 @@ async def test_a_file_that_is_gone_fails_the_run(live: Yard) -> None:
         "Follow-up delivery failed: The attachment 'notes.txt' is not in the object storage any more."
     )
     assert json.dumps(str(live.settings.data_dir)) not in json.dumps(await run.log())
+
+
+class OneObject:
+    """A storage in which everything is the same."""
+
+    async def open(self, _: str) -> Content:
+        async def chunks() -> AsyncGenerator[bytes, None]:
+            yield b"attached"
+
+        return Content(8, chunks())
+
+
+async def test_what_an_agent_has_put_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that nobody reads holds nothing up; a folder, and a sandbox that does not answer, are told."""
+    hut = Hut(tmp_path / "data")
+    entry = {"id": "f1", "name": "a.txt", "storage_path": "x"}
+    store: Any = OneObject()
+    try:
+        sandbox = await hut.sandbox()
+        folder = f"{sandbox.workspace}/.posthog/attachments"
+        planted = f"mkdir -p {folder}/run/f1 && cd {folder} && mkfifo .gitignore run/f1/a.txt"
+        assert (await shell(sandbox, planted)).end.code == 0
+        async with asyncio.timeout(60):
+            await deliver(store, sandbox, sandbox.workspace, "run", [entry])
+        shown = await shell(sandbox, f"cd {folder}; timeout 5 cat .gitignore run/f1/a.txt; ls -A . run/f1")
+        assert shown.output == "*\nattached.:\n.gitignore\nrun\n\nrun/f1:\na.txt\n"
+        assert (await shell(sandbox, f"cd {folder}/run/f1; rm a.txt; mkdir a.txt")).end.code == 0
+        with pytest.raises(
+            AttachmentError, match=r"'a\.txt' cannot be written in the sandbox: mv: .*directory"
+        ):
+            await deliver(store, sandbox, sandbox.workspace, "run", [entry])
+        assert (await shell(sandbox, f"ls -A {folder}/run/f1")).output == "a.txt\n"
+        monkeypatch.setattr(attachments, "WRITE", "exec sleep 600")
+        monkeypatch.setattr(attachments, "WRITE_S", 0.5)
+        with pytest.raises(AttachmentError, match="took longer than"):
+            await deliver(store, sandbox, sandbox.workspace, "run", [entry])
+    finally:
+        await hut.close()

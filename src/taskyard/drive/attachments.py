@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 from taskyard.artifacts.paths import safe_name
-from taskyard.drive.inside import checked
+from taskyard.drive.inside import feed, script
 from taskyard.errors import TaskyardError
 from taskyard.objects.interface import Content, ObjectStore, StorageError, media_type
 from taskyard.sandbox.provider import Sandbox
@@ -18,7 +19,14 @@ Json = dict[str, Any]
 
 FOLDER = ".posthog/attachments"
 MAX_NAME_BYTES = 200
-WRITE = 'mkdir -p "$(dirname "$1")" && cat > "$1"'
+WRITE_S = 600.0
+# To a name that nobody knows: what the agent has put at the path, such as a pipe, is not opened.
+WRITE = """
+mkdir -p "$(dirname "$1")" && cat > "$2" && mv -T "$2" "$1" && exit
+code=$?
+rm -f "$2"
+exit $code
+"""
 
 
 class AttachmentError(TaskyardError):
@@ -52,23 +60,17 @@ async def deliver(
 
 async def _write(sandbox: Sandbox, path: str, content: Content | bytes) -> None:
     """Write a file inside the sandbox, by a process in it: no host path is touched."""
-    process = await sandbox.exec(["sh", "-c", WRITE, "sh", path], stdin=True)
-    assert process.stdin is not None
+    name = PurePosixPath(path).name
+    chunks = _whole(content) if isinstance(content, bytes) else content.chunks
+    argv = script(WRITE, path, f"{path[: -len(name)]}.{secrets.token_hex(8)}.part")
     try:
-        if isinstance(content, bytes):
-            process.stdin.write(content)
-        else:
-            async with aclosing(content.chunks) as chunks:
-                async for chunk in chunks:
-                    process.stdin.write(chunk)
-                    await process.stdin.drain()
-        process.stdin.close()
-    except (ConnectionError, BrokenPipeError):
-        pass  # it ended early, and says why
+        async with aclosing(chunks):
+            code, why = await feed(sandbox, argv, chunks, timeout=WRITE_S)
     except StorageError as error:
-        await process.kill()
-        raise AttachmentError(f"'{PurePosixPath(path).name}' cannot be read: {error.detail}") from error
-    end = checked(await process.wait())
-    if end.code != 0:
-        name = PurePosixPath(path).name
-        raise AttachmentError(f"'{name}' cannot be written in the sandbox: {end.stderr_tail.strip()}")
+        raise AttachmentError(f"'{name}' cannot be read: {error.detail}") from error
+    if code != 0:
+        raise AttachmentError(f"'{name}' cannot be written in the sandbox: {why}")
+
+
+async def _whole(content: bytes) -> AsyncGenerator[bytes]:
+    yield content
