@@ -93,3 +93,26 @@ def test_a_restart_of_the_host_does_not_free_uids(tmp_path: Path, claims: Path) 
     assert not (root / "none").exists()
     for one in made:
         one.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives folders away")
+def test_a_folder_claims_its_uid_again(tmp_path: Path, claims: Path) -> None:
+    """Unless another data folder has got it since the restart: then it can be removed, but not used."""
+    one = UidRange(230000, 230000)
+    for root in ("a", "b"):
+        Folder.create(tmp_path / root / "box", LIMITS, one).close()
+        (claims / "230000").unlink()
+    first = Folder.open(tmp_path / "a" / "box")
+    assert first is not None
+    assert first.limits == LIMITS
+    assert identities.folders() == [first.path]
+    second = Folder.open(tmp_path / "b" / "box")
+    assert second is not None
+    assert second.limits is None
+    second.close()
+    first.close()
+    (tmp_path / "alias").symlink_to(tmp_path / "a")
+    again = Folder.open(tmp_path / "alias" / "box")
+    assert again is not None
+    assert again.limits == LIMITS, "the same folder by another name"
+    again.close()

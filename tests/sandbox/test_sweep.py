@@ -268,6 +268,32 @@ async def test_a_group_and_a_uid_without_a_folder(hut: Hut) -> None:
     await sandbox.destroy()
 
 
+@ROOT
+async def test_a_restart_of_the_host_takes_no_living_sandbox(hut: Hut, tmp_path: Path) -> None:
+    """It empties the folder of claims; the sandbox is used again, and another server sweeps, and its own."""
+    other = Hut(tmp_path / "other")
+    left = await hut.sandbox("one")
+    await left.detach()
+    assert left._folder.identity is not None
+    claim = identities.CLAIMS / str(left._folder.identity.uid)
+    claim.unlink()
+    sandbox = await hut.provider.attach("one")
+    assert sandbox is not None
+    hut.made.append(sandbox)
+    process = await sandbox.exec(["cat"], stdin=True)
+    await sweep(other.provider, nothing)
+    claim.unlink()
+
+    async def all_of_them(names: Collection[str]) -> set[str]:
+        return set(names)
+
+    await sweep(hut.provider, all_of_them)
+    assert process.stdin is not None
+    process.stdin.write(b"alive\n")
+    assert await first_line(process) == "alive"
+    await other.close()
+
+
 async def test_a_dead_sandbox_makes_way_for_a_new_one(hut: Hut) -> None:
     await killed(hut, "one")
     sandbox = await hut.sandbox("one")

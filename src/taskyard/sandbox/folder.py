@@ -16,7 +16,7 @@ from taskyard.confine import Identity
 from taskyard.sandbox import identities
 from taskyard.sandbox.hold import Facts, Hold, read_record
 from taskyard.sandbox.identities import UidRange
-from taskyard.sandbox.provider import Limits
+from taskyard.sandbox.provider import Limits, SandboxError
 
 
 @dataclass
@@ -70,13 +70,23 @@ class Folder:
 
     @classmethod
     def open(cls, path: Path) -> Folder | None:
-        """An existing folder, or None. Raises SandboxError when another process uses it."""
+        """An existing folder, or None; its uid is claimed again. Raises SandboxError when another process uses it."""
         hold = Hold.open(path)
         if hold is None:
             return None
         uid = hold.facts.get("uid")
         folder = cls(hold, Identity(uid, uid) if uid is not None else None)
-        if not all(_is_of(inner, folder.identity) for inner in (folder.workspace, folder.home)):
+        finished = all(_is_of(inner, folder.identity) for inner in (folder.workspace, folder.home))
+        if finished and uid is not None and os.geteuid() == 0:
+            # A restart of the host has taken the claim. Then its processes would be those of the other one, too.
+            try:
+                finished = identities.claim_again(uid, path)
+            except OSError as error:
+                hold.close()
+                raise SandboxError(
+                    f"the uid of the sandbox {path.name} cannot be claimed: {error}"
+                ) from error
+        if not finished:
             hold.limits = None
         return folder
 

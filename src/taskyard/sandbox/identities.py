@@ -3,7 +3,7 @@
 A uid in use has a claim: a file named after it in CLAIMS, which holds the path of the sandbox's folder. A
 claim whose folder is gone is void. CLAIMS is one for the whole host, so servers with different data folders
 do not share uids either; it is emptied by a restart of the host, which folders outlive, so the uids that
-the folders beside the new one name are skipped, too.
+the folders beside the new one name are skipped, too, and a folder that is used again claims its uid again.
 """
 
 from __future__ import annotations
@@ -73,6 +73,14 @@ def claim(uids: UidRange, folder: Path, taken: Iterable[int] = ()) -> int:
         f"all uids from {uids.first} to {uids.last} are in use by sandboxes: "
         "enlarge TASKYARD_SANDBOX__UID_RANGE, or remove sandboxes that are left over"
     )
+
+
+def claim_again(uid: int, folder: Path) -> bool:
+    """Renew the claim of a sandbox that is there; False when another has got its uid meanwhile."""
+    with _locked():
+        if (found := _claimed().get(uid)) is None:
+            (CLAIMS / str(uid)).write_text(str(folder), "utf-8")
+        return found is None or found.samefile(folder)
 
 
 def release(uid: int, folder: Path) -> None:

@@ -85,13 +85,14 @@ def look(root: Path, groups: Callable[[], set[str]]) -> Facts:
     # A claim on a uid is made after the folder and before the group, and only servers that are root have claims.
     folders = identities.folders() if os.geteuid() == 0 else None
     with_folder: set[str] = set()
-    for folder in folders or ():
-        with suppress(FileNotFoundError):
-            with_folder.update(group_names(folder))
     try:
         names = sorted(path.name for path in root.iterdir())
     except FileNotFoundError:
         names = []
+    # Our own also where their claims are gone.
+    for folder in (*(folders or ()), *(root / name for name in names)):
+        with suppress(FileNotFoundError):
+            with_folder.update(group_names(folder))
     return Facts(
         tuple(names),
         frozenset(found),
