@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from taskyard.cli.sandbox import _raw
 from taskyard.db.engine import Database
 from tests.conftest import make_settings
 from tests.support.command import command_line, taskyard
@@ -142,3 +143,17 @@ def test_at_a_terminal(tmp_path: Path, database_url: str) -> None:
         os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 6
     assert list((tmp_path / "data" / "sandboxes").iterdir()) == []
+
+
+def test_what_was_typed_is_not_for_the_next_shell() -> None:
+    """A terminal answers what a sandbox writes to it as if a person had typed."""
+    ours, terminal = pty.openpty()
+    try:
+        with _raw(terminal):
+            os.write(ours, b"reboot\n")
+            assert select.select([terminal], [], [], 60)[0], "it does not arrive"
+        os.write(ours, b"next\n")
+        assert os.read(terminal, 100) == b"next\n"
+    finally:
+        os.close(ours)
+        os.close(terminal)

@@ -353,6 +353,37 @@ async def test_what_has_no_folder_is_swept(provider: DockerProvider, hut: AnyHut
         await other.delete()
 
 
+async def test_one_that_is_made_while_others_are_swept(
+    provider: DockerProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine was asked before it was there; no container is needed for that."""
+    removed = []
+
+    async def there() -> set[str]:
+        return {"a", "b"}
+
+    async def remove(name: str) -> None:
+        removed.append(name)
+        (provider.root / "b").mkdir(parents=True)
+
+    async def kept(names: object) -> set[str]:
+        return {"b"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(provider, "engine_has", there)
+        patch.setattr(provider, "remove_rest", remove)
+        assert (await provider.sweep(kept)).sandboxes == ["a"]
+    assert removed == ["a"]
+
+
+async def test_a_new_one_has_nothing_of_an_old_one(hut: AnyHut, sandbox: DockerSandbox) -> None:
+    """Whose folder is gone, and of which the engine still has the volumes."""
+    await shell(sandbox, "echo old > file; echo old > ~/file")
+    await sandbox.detach()
+    shutil.rmtree(hut.folder / "sandboxes" / "one")
+    assert (await shell(await hut.sandbox("one"), "ls -A . ~")).output == ".:\n\n/home/agent:\n"
+
+
 async def test_a_sandbox_without_its_volumes_can_only_be_destroyed(
     provider: DockerProvider, sandbox: DockerSandbox
 ) -> None:

@@ -204,7 +204,8 @@ def _raw(descriptor: int) -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(descriptor, termios.TCSANOW, before)
+        # What was typed, or what the terminal answered to the sandbox, is not for the shell that comes next.
+        termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
 
 
 def _tell(text: str, end: str) -> None:

@@ -152,6 +152,8 @@ class DockerSandbox(RemoteSandbox):
         """Where its image wants volumes, once that was asked."""
 
     async def make(self) -> None:
+        # The engine takes a volume that is there for a new one, with what somebody left in it.
+        await self.remove_all()
         for name in self._volumes.names:
             async with self._engine.asked("make a volume") as client:
                 await client.volumes.create(docker_config.volume(name, self._marks))

@@ -21,7 +21,7 @@ from taskyard.sandbox import carried, sweep
 from taskyard.sandbox.base import BaseSandbox, Command
 from taskyard.sandbox.carried import CarriedProcess, Order, Wire
 from taskyard.sandbox.disk import DiskWatch
-from taskyard.sandbox.hold import Facts, Hold, check_id
+from taskyard.sandbox.hold import Facts, Hold, check_id, is_there
 from taskyard.sandbox.place import place_of
 from taskyard.sandbox.provider import (
     WORKSPACE,
@@ -222,6 +222,13 @@ class RemoteProvider(ABC):
         except FileNotFoundError:
             return []
 
+    async def _sweep_rest(self, name: str) -> bool:
+        # Asked again: it may have been made while those before it were removed.
+        if await asyncio.to_thread(is_there, self.root / name):
+            return False
+        await self.remove_rest(name)
+        return True
+
     async def sweep(self, kept: Kept) -> Swept:
         """See provider.Provider."""
         swept = Swept()
@@ -234,7 +241,7 @@ class RemoteProvider(ABC):
         # Asked for after the engine: the folder of what is made meanwhile is seen, since it is made first.
         names = await self.list()
         for name in sorted(there.difference(names)):
-            if await sweep.done(f"rest of {name}", self.remove_rest(name)):
+            if await sweep.done(f"rest of {name}", self._sweep_rest(name)):
                 swept.sandboxes.append(name)
         keep = await kept(names) if names else frozenset()
         for name in names:
