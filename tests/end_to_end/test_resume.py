@@ -10,13 +10,14 @@ import pytest
 
 from taskyard import dispatch
 from taskyard.db.engine import Database
+from taskyard.drive.setup import PreparingRun
 from taskyard.runs import store as runs
 from taskyard.settings import AgentSettings, RunSettings, Settings, WorkerSettings
 from taskyard.worker import running_worker
 from tests.conftest import make_settings
 from tests.support.processes import agents_of, kill_agent
 from tests.support.repositories import run_git
-from tests.support.yard import Run, Yard, eventually, of_method, ok, said
+from tests.support.yard import DEADLINE_S, Run, Yard, eventually, of_method, ok, said
 
 SCRIPTED = {"agent": "scripted"}
 
@@ -151,6 +152,43 @@ class TestAnotherWorker:
             assert "suspended" not in (await run.fetch())["state"]
             await run.cancel()
             await let_go_of(database)
+
+    @pytest.mark.parametrize("with_repository", [False, True])
+    async def test_a_worker_stopped_while_it_sets_a_resumed_run_up(
+        self,
+        yard: Yard,
+        settings: Settings,
+        database: Database,
+        shop: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        with_repository: bool,
+    ) -> None:
+        api, name = yard.api(), None
+        if with_repository:
+            name = ok(await api.post("repositories/", {"origin": str(shop)}), 201)["name"]
+        make, reached = PreparingRun._make_agent, asyncio.Event()
+
+        async def hanging_once(*arguments: Any) -> None:
+            if not reached.is_set():
+                reached.set()
+                await asyncio.Event().wait()
+            await make(*arguments)
+
+        async with running_worker(settings, database):
+            first = await api.start("WRITE a.txt one\nSAY one", repository=name, **SCRIPTED)
+            await completed(first)
+            await let_go_of(database)
+            monkeypatch.setattr(PreparingRun, "_make_agent", hanging_once)
+            body = {"resume_from_run_id": first.id, "pending_user_message": "SHELL cat a.txt\nSAY two"}
+            task = ok(await api.post(f"tasks/{first.task_id}/run/", {**body, **SCRIPTED}))
+            second = Run(api, first.task_id, task["latest_run"]["id"])
+            async with asyncio.timeout(DEADLINE_S):
+                await reached.wait()
+        assert (await second.fetch())["status"] == "in_progress"
+        async with running_worker(settings, database):
+            await completed(second)
+        assert '"output": "one"' in await second.stream_text()
+        assert [one["loaded"] for one in of_method(await second.log(), "_posthog/session/resume")] == [True]
 
     async def test_a_lost_worker(
         self,
