@@ -259,7 +259,11 @@ class Driver(PreparingRun):
                     return True
                 if turn is not None:
                     await resume.set_turn(connection, self.lease, turn)
-                if not may_sleep or await commands.any_waits(connection, self.lease.run_id):
+                if (
+                    not may_sleep
+                    or await commands.any_waits(connection, self.lease.run_id, turn_open=not waits)
+                    or await resume.is_completing(connection, self.lease)
+                ):
                     await enqueue_drive(connection, self.lease.run_id)
                     return False
                 await lifecycle.change(

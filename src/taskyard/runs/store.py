@@ -234,6 +234,16 @@ async def notify(connection: Connection, run_id: UUID) -> None:
     await connection.execute("SELECT pg_notify('taskyard', 'r:' || %(run)s::text)", {"run": run_id})
 
 
+async def sleeps_with_mail(connection: Connection, run_id: UUID) -> bool:
+    """Whether no worker has the run, and commands wait in its mailbox."""
+    rows = await connection.execute(
+        "SELECT 1 FROM run_cursors c WHERE c.run_id = %(run)s AND c.suspended_at IS NOT NULL"
+        " AND EXISTS (SELECT FROM commands m WHERE m.run_id = c.run_id AND m.delivered_at IS NULL)",
+        {"run": run_id},
+    )
+    return await rows.fetchone() is not None
+
+
 # --- the lease ---------------------------------------------------------------------------------------
 
 LEASE_S = 20
@@ -300,12 +310,12 @@ async def claim(database: Database, run_id: UUID, worker: str, place: str | None
 
 
 async def ask_to_complete(connection: Connection, run_id: UUID) -> bool:
-    """Tell the worker that drives a locked run to complete it; False when none does."""
+    """Tell the worker that drives a locked run to complete it; False when none does, or it sleeps."""
     row = await (
         await connection.execute(
             "UPDATE run_cursors c SET completing = true FROM runs r"
             " WHERE c.run_id = %(run)s AND r.id = c.run_id AND r.started_at IS NOT NULL"
-            " AND c.leased_until > clock_timestamp() RETURNING 1",
+            " AND c.leased_until > clock_timestamp() AND c.suspended_at IS NULL RETURNING 1",
             {"run": run_id},
         )
     ).fetchone()
