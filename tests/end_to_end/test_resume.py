@@ -144,6 +144,25 @@ class TestAnotherWorker:
             if (folder.data_dir / "sandboxes").exists() and (folder is settings) == (where == "here"):
                 assert sandboxes(folder) == []
 
+    async def test_a_cancel_between_two_workers_ends_the_turn(
+        self, yard: Yard, settings: Settings, database: Database
+    ) -> None:
+        async with running_worker(settings, database):
+            run = await yard.api().start("SAY one\nSLEEP 60\nSAY two", mode="interactive", **SCRIPTED)
+            await streamed(run, "one")
+        cancel = asyncio.create_task(run.command("cancel"))
+        await eventually(lambda: database.fetch("SELECT 1 FROM commands"), bool, lambda _: "command")
+        async with running_worker(settings, database):
+            assert (await cancel)["result"] == {"cancelled": True}
+            log = await run.turns(1)
+            assert said(log) == "one"
+            assert [turn["stopReason"] for turn in of_method(log, "_posthog/turn_complete")] == ["cancelled"]
+            # It was for that turn alone.
+            await run.command("user_message", content="SAY three")
+            assert said(await run.turns(2)).split() == ["one", "three"]
+            await run.cancel()
+            await let_go_of(database)
+
     async def test_an_idle_run_sleeps_through_a_restart(
         self, yard: Yard, settings: Settings, elsewhere: Settings, database: Database
     ) -> None:
@@ -289,6 +308,21 @@ class TestSleep:
         await run.command("permission_response", requestId=asked["requestId"], optionId="allow")
         log = await run.turns(2)
         assert said(log).splitlines() == ["before", "May I: allow", "after", "later"]
+        await run.cancel()
+
+    @pytest.mark.parametrize("steered", [False, True])
+    async def test_a_cancel_wakes_who_waits_for_a_permission(self, live: Yard, steered: bool) -> None:
+        run = await live.api().start("SAY before\nASK May I\nSAY after", **ASKING)
+        await suspended(run)
+        if steered:
+            await run.command("steer", content="SAY something else")
+        else:
+            assert (await run.command("cancel"))["result"] == {"cancelled": True}
+        log = await run.turns(2 if steered else 1)
+        stops = [turn["stopReason"] for turn in of_method(log, "_posthog/turn_complete")]
+        assert stops == ["cancelled", *(["end_turn"] if steered else [])]
+        assert said(log).splitlines() == ["before", *(["something else"] if steered else [])]
+        assert len(of_method(log, "_posthog/permission_request")) == 1
         await run.cancel()
 
     @pytest.mark.parametrize("end", ["cancel", "deadline"])

@@ -105,8 +105,11 @@ class ConversingRun(WatchedRun):
         await self._check_agent_lives()
         if again:
             await self._look()  # the answer to what it is about to ask may be there
-        self._told = True
-        stop_reason, problem = await self._prompt(agent, [*blocks, *links])
+        stop_reason: str = "cancelled"
+        problem: str | None = None
+        if not self._skipped:
+            self._told = True
+            stop_reason, problem = await self._prompt(agent, [*blocks, *links])
         self._check_budget()
         agent.permissions.forget()
         if problem is not None:
@@ -134,6 +137,7 @@ class ConversingRun(WatchedRun):
             ),
             **changes,
         )
+        self._skipped = False
         return completes or await self._conclude()
 
     async def _prompt(self, agent: AgentSession, blocks: Sequence[Json]) -> tuple[str, str | None]:

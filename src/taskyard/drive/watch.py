@@ -51,6 +51,9 @@ class WatchedRun(HeldRun):
         """Seconds until the run ends by itself, if nothing happens."""
         self._agent: AgentSession | None = None
         self._turn = False
+        """The agent works on a message."""
+        self._skipped = False
+        """The open turn was cancelled while the agent did not work on it."""
         self._cancelled_at: float | None = None
         self._closed = False
         self._ending = False
@@ -137,21 +140,25 @@ class WatchedRun(HeldRun):
         if agent is None:
             raise LookupError("the agent is not ready yet; try again when the run has started")
         if letter.method == "cancel":
-            if self._turn:
-                self._cancelled_at = self._cancelled_at or self._loop.time()
-                await agent.cancel()
+            await self._interrupt(agent)
             return {"cancelled": True}
         if letter.method == "permission_response":
             agent.permissions.resolve(letter.params)
             return {"resolved": True}
         if letter.method == "close":
             self._closed = True
-            if self._turn:
-                self._cancelled_at = self._cancelled_at or self._loop.time()
-                await agent.cancel()
+            await self._interrupt(agent)
             return {"closed": True}
         options = await agent.set_config_option(letter.params["configId"], letter.params["value"])
         return {"configOptions": options}
+
+    async def _interrupt(self, agent: AgentSession) -> None:
+        """End the turn that is on: the agent stops its work on it, or is not told it at all."""
+        if self._turn:
+            self._cancelled_at = self._cancelled_at or self._loop.time()
+            await agent.cancel()
+        elif self.turn is not None and self.turn.open:
+            self._skipped = True
 
     def _check_silence(self) -> None:
         agent = self._agent
