@@ -151,6 +151,8 @@ class Driver(PreparingRun):
         self._resumed = True
         if agent is not None:
             await agent.close(in_turn=True)
+        if self._cutting is not None:
+            await asyncio.wait({self._cutting})
 
     async def _surely(self, work: Coroutine[Any, Any, None], limit_s: float | None = None) -> None:
         """The last steps of a run. A stop of the worker cuts them short, but not before the end is written.
@@ -191,6 +193,8 @@ class Driver(PreparingRun):
                 if self._sandbox is not None:
                     free = self._sandbox.detach if self._stays else self._sandbox.destroy
                     steps.push_async_callback(free)
+                if self._cutting is not None:
+                    steps.push_async_callback(asyncio.wait, {self._cutting})
                 if self._agent is not None:
                     steps.push_async_callback(self._agent.close)
         except Exception:

@@ -102,6 +102,8 @@ class ConversingRun(WatchedRun):
                 self.recorder.add(entries.session_update(agent.session_id, update))
         blocks = await self._blocks(agent, turn, again=again)
         self._check_budget()
+        if not self._stands.is_set():
+            await self._attend(self._stands.wait())
         await self._check_agent_lives()
         if again:
             await self._look()  # the answer to what it is about to ask may be there

@@ -7,6 +7,8 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import structlog
+
 from taskyard.agents.acp import AcpError, AgentGoneError
 from taskyard.commands.store import Letter
 from taskyard.db.hub import Wake
@@ -25,6 +27,7 @@ from taskyard.events.store import LeaseLostError
 from taskyard.runs import store as runs
 from taskyard.runs.store import Claimed
 
+log = structlog.get_logger()
 T = TypeVar("T")
 
 LOOK_S = 5.0
@@ -50,6 +53,8 @@ class WatchedRun(HeldRun):
         self._due_s = 0.0
         """Seconds until the run ends by itself, if nothing happens."""
         self._agent: AgentSession | None = None
+        self._cutting: asyncio.Task[None] | None = None
+        """Stops an agent that may not go on."""
         self._turn = False
         """The agent works on a message."""
         self._skipped = False
@@ -73,6 +78,12 @@ class WatchedRun(HeldRun):
         if isinstance(own, (int, float)) and not isinstance(own, bool) and own > 0:
             return min(float(own), MAX_INACTIVITY_S)
         return self._limits.inactivity_s
+
+    def _cut_off(self) -> None:
+        super()._cut_off()
+        log.warning("a run is cut off from the database, its agent is stopped", run=self.run_id)
+        if self._agent is not None:
+            self._cutting = asyncio.create_task(self._agent.cut_off(), name=f"cut off {self.run_id}")
 
     async def _attend(self, work: Coroutine[Any, Any, T], *, turn: bool = False) -> T:
         """Do something that takes time while commands, clocks and the lease are watched."""
