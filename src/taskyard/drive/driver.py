@@ -285,11 +285,14 @@ class Driver(PreparingRun):
     async def _salvage(self, *, publish: bool) -> None:
         """Bring to safety what the agent has done. What fails here does not hide why the run ends."""
         agent, work = self._agent, self._work
-        if agent is None:
-            return
-        steps: list[Callable[[], Awaitable[object]]] = [agent.close, lambda: self._save_usage(agent)]
+        steps: list[Callable[[], Awaitable[object]]] = []
+        if agent is not None:
+            steps.append(agent.close)
+        if publish and work is not None and (agent is not None or self._whole):
+            steps.append(lambda: self._publish(work))
+        if agent is not None:
+            steps.append(lambda: self._save_usage(agent))
         if publish and work is not None:
-            steps.insert(1, lambda: self._publish(work))
             steps.append(lambda: self._keep_state(progress=False))
         for step in steps:
             try:

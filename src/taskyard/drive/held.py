@@ -87,7 +87,9 @@ class HeldRun:
         self.secrets = Redactor(server_secrets(parts.settings))
         """What nothing that is written of the run may contain."""
         self._own_secrets: list[str] = []
-        self.recorder = Recorder(parts.database, lease, on_lost=wake.set, secrets=self.secrets)
+        self.recorder = Recorder(
+            parts.database, lease, on_lost=wake.set, secrets=self.secrets, written=claimed.last_seq
+        )
         self._stands = asyncio.Event()
         """The lease is known to stand; else no agent may work."""
         self._stands.set()

@@ -164,6 +164,7 @@ class AgentSession:
                 async with asyncio.timeout(CLOSE_SESSION_S):
                     await self.connection.close_session(self.session_id)
         await self.connection.close()
+        self._transcript.end_text()  # what it said until its session was closed
         await self._process.terminate(self.adapter.exit_grace_s)
         await self._gateway.close()
 

@@ -90,8 +90,8 @@ class PreparingRun(ConversingRun):
         async with self._step("sandbox", label, "sandbox_failed"):
             here = await self._attend(self._find_sandbox(own))
         assert self._sandbox is not None
-        self._work = self._new_work(self._sandbox)
-        here = await self._attend(self._fill_workspace(kept, here=here))
+        self._work, self._whole = self._new_work(self._sandbox), False
+        here = self._whole = await self._attend(self._fill_workspace(kept, here=here))
         variables = await self._patiently(lambda: user_variables(parts.settings, parts.database, environment))
         self._hide(secret_values(variables))
         if environment is not None and environment["setup_script"].strip() and not here:
@@ -112,6 +112,7 @@ class PreparingRun(ConversingRun):
         agent = self._agent
         assert agent is not None
         await self._patiently(self._note)
+        self._whole = True
         self.recorder.add(
             entries.named(
                 "_posthog/run_started",

@@ -275,6 +275,8 @@ class Claimed:
     """What was going on: see resume.Turn; None when nothing was begun yet."""
     idle_s: float
     """Seconds since the end of the last turn."""
+    last_seq: int
+    """The number of the newest entry of its record."""
 
 
 async def claim(database: Database, run_id: UUID, worker: str, place: str | None = None) -> Claimed | None:
@@ -295,6 +297,7 @@ async def claim(database: Database, run_id: UUID, worker: str, place: str | None
         " WHERE c.run_id = before.run_id AND (c.leased_until IS NULL OR c.leased_until < clock_timestamp()"
         " OR c.reserved_by = %(worker)s)"
         " RETURNING c.generation, c.generation - c.started_generation AS attempt, before.place, c.resumes, c.turn,"
+        " c.last_seq,"
         " extract(epoch FROM clock_timestamp() - c.driven_since)::float AS driven_s,"
         " extract(epoch FROM clock_timestamp() - coalesce((c.turn ->> 'ended_at')::timestamptz, clock_timestamp()))"
         "::float AS idle_s",
@@ -306,7 +309,8 @@ async def claim(database: Database, run_id: UUID, worker: str, place: str | None
     if row is None:
         return None
     lease = Lease(run_id, row["generation"], row["attempt"])
-    return Claimed(lease, row["place"], row["resumes"], row["driven_s"], row["turn"], row["idle_s"])
+    names = ("place", "resumes", "driven_s", "turn", "idle_s", "last_seq")
+    return Claimed(lease, *(row[name] for name in names))
 
 
 async def ask_to_complete(connection: Connection, run_id: UUID) -> bool:
