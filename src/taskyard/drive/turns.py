@@ -306,9 +306,8 @@ class ConversingRun(WatchedRun):
             return False
         if agent is not None:
             adapter, session_id = agent.adapter, agent.session_id or None
-        elif self._whole and keeper.newest is not None:
-            adapter = adapters(self.parts.settings)[keeper.newest.agent]
-            session_id = keeper.newest.session_id
+        elif self._whole and (newest := keeper.newest) is not None:
+            adapter, session_id = adapters(self.parts.settings)[newest.agent], newest.session_id
         else:
             return False
         return await keeper.save(self._sandbox, self._work, adapter, session_id, progress=progress)
