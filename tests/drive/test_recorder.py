@@ -127,6 +127,39 @@ async def test_an_answer_that_got_lost_doubles_nothing(
     assert await stored(database, lease) == [1, 2, 3, 4, 5, 5, 5, 5]
 
 
+async def test_a_new_driver_looks_behind_what_was_there_when_it_came(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = await make_run(database)
+    async with database.connection() as connection:
+        last = await store.append(connection, run_id, [Entry("1")] * 50)
+    claimed = await runs.claim(database, run_id, "test")
+    assert claimed is not None
+    assert claimed.last_seq == last
+    append, read = store.append, store.read
+    looks: list[int] = []
+
+    async def failing_once(*arguments: Any, **options: Any) -> int:
+        if not looks:
+            looks.append(0)
+            raise psycopg.OperationalError("the connection was lost")
+        return await append(*arguments, **options)
+
+    async def noted(*arguments: Any, after: int, limit: int) -> list[store.Stored]:
+        looks.append(after)
+        return await read(*arguments, after=after, limit=limit)
+
+    monkeypatch.setattr(store, "append", failing_once)
+    monkeypatch.setattr(store, "read", noted)
+    recorder = Recorder(database, claimed.lease, on_lost=lambda: None, written=claimed.last_seq)
+    recorder.add(Entry("1"))
+    await recorder.flush()
+    await recorder.close()
+    assert looks == [0, last]
+    monkeypatch.undo()
+    assert await stored(database, claimed.lease) == [1] * 51
+
+
 async def test_a_bug_in_writing_lets_nobody_wait_for_ever(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, LiteralString
 from uuid import UUID
 
 import pytest
 
-from taskyard.db.engine import Database
+from taskyard.db.engine import Database, Row
 from taskyard.drive import transcript as transcripts
 from taskyard.drive.transcript import Transcript, left_unjoined
 from taskyard.events import entries, store
@@ -198,6 +198,36 @@ class TestLeftUnjoined:
             transcript.update(chunk(text))
         await self.write(database, run_id, *sink.entries)
         assert await self.left(database, run_id) == [("agent_message", "abcde")]
+
+    async def test_is_not_hidden_by_what_clients_append(self, database: Database, run_id: UUID) -> None:
+        sink, transcript = made()
+        transcript.traffic("out", {"method": "session/prompt", "params": {"sessionId": "s"}})
+        transcript.update(chunk("Half"))
+        said = {"sessionUpdate": "agent_message", "content": {"type": "text", "text": '"sessionId": "s"'}}
+        theirs = entries.session_update("other", said, Shown.LOG)
+        await self.write(database, run_id, *sink.entries, theirs)
+        assert await self.left(database, run_id) == [("agent_message", "Half")]
+
+    async def test_looks_once_for_the_last_joined_message(
+        self, database: Database, run_id: UUID, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transcripts, "PAGE", 2)
+        statements: list[str] = []
+        fetch = database.fetch
+
+        async def counted(query: LiteralString, **params: Any) -> list[Row]:
+            statements.append(query)
+            return await fetch(query, **params)
+
+        sink, transcript = made()
+        transcript.traffic("out", {"method": "session/prompt", "params": {"sessionId": "s"}})
+        for text in "abcde":
+            transcript.update(chunk(text))
+        await self.write(database, run_id, *sink.entries)
+        monkeypatch.setattr(database, "fetch", counted)
+        assert await self.left(database, run_id) == [("agent_message", "abcde")]
+        assert len(statements) == 4
+        assert not any("max(" in statement for statement in statements)
 
     async def test_is_not_what_others_streamed(self, database: Database, run_id: UUID) -> None:
         """Clients upload events of an agent of theirs, of any shape, also before the server's own has the run."""

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from taskyard import dispatch
+from taskyard.agents.adapters import adapters
 from taskyard.db.engine import Database
 from taskyard.drive import driver, watch
+from taskyard.drive.failures import RunFailure
 from taskyard.drive.session import AgentSession
+from taskyard.drive.setup import PreparingRun
 from taskyard.drive.work import Work
 from taskyard.runs import lifecycle
 from taskyard.sandbox.bubblewrap import BubblewrapProvider, BubblewrapSandbox
@@ -20,7 +23,8 @@ from taskyard.sandbox.process import BubblewrapProcess
 from taskyard.sandbox.provider import SandboxError
 from taskyard.settings import AgentSettings, ModelSettings, RunSettings, Settings, Upstream, WorkerSettings
 from tests.conftest import make_settings
-from tests.support.processes import agents_of
+from tests.support.acp_agents import PRELUDE
+from tests.support.processes import agents_of, kill_agent
 from tests.support.repositories import run_git
 from tests.support.yard import Yard, eventually, of_method, open_yard, said
 
@@ -41,6 +45,37 @@ class TestUnstorableText:
         run = await live.api().start("SAY x", agent="odd")
         body = await run.status("failed")
         assert "bad\ufffdbyte" in body["error_message"]
+
+
+LAST_WORD = """
+while True:
+    request = read()
+    method = request.get("method")
+    if method == "initialize":
+        answer(request, protocolVersion=1, agentCapabilities={"sessionCapabilities": {"close": {}}})
+    elif method == "session/new":
+        answer(request, sessionId="s")
+    elif method == "session/prompt":
+        update("first")
+        answer(request, stopReason="end_turn")
+    elif method == "session/close":
+        update("last")
+        sys.exit()
+"""
+
+
+class TestLastWord:
+    @pytest.fixture
+    def settings(self, tmp_path: Path, database_url: str) -> Settings:
+        plain = make_settings(tmp_path / "data", database_url)
+        command = [adapters(plain)["scripted"].command[0], "-c", PRELUDE + LAST_WORD]
+        return make_settings(tmp_path / "data", database_url, agents={"last": AgentSettings(command=command)})
+
+    async def test_what_an_agent_says_while_its_session_is_closed_is_in_the_log(self, live: Yard) -> None:
+        run = await live.api().start("go", agent="last")
+        await run.stream()
+        assert (await run.fetch())["error_message"] is None
+        assert said(await run.log()).split() == ["first", "last"]
 
 
 class TestKeyFile:
@@ -70,6 +105,29 @@ async def test_what_fails_while_failing_does_not_hide_why(
     run = await live.api().start("CRASH 3", **SCRIPTED)
     body = await run.status("failed")
     assert body["state"]["error_type"] == "agent_crashed"
+
+
+async def test_what_a_lost_agent_did_is_published_when_the_next_one_does_not_start(
+    live: Yard, shop: Path, repository: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, starts = PreparingRun._make_agent, 0
+
+    async def failing_again(*arguments: Any) -> None:
+        nonlocal starts
+        starts += 1
+        if starts > 1:
+            raise RunFailure("agent_start_failed", "it does not start")
+        await make(*arguments)
+
+    monkeypatch.setattr(PreparingRun, "_make_agent", failing_again)
+    text = "WRITE a.txt one\nCOMMIT first\nWRITE b.txt two\nSLEEP 60"
+    run = await live.api().start(text, repository=repository, **SCRIPTED)
+    await eventually(run.stream_text, lambda text: "Write b.txt" in text, lambda text: f"edit in {text}")
+    await kill_agent(run)
+    body = await run.status("failed", "completed")
+    assert (body["state"]["error_type"], body["error_message"]) == ("agent_start_failed", "it does not start")
+    assert run_git(shop, "show", f"{body['branch']}:b.txt") == "two"
+    assert await database.fetch("SELECT 1 FROM checkpoints WHERE parts ? 'workspace' AND parts ? 'session'")
 
 
 async def test_an_agent_that_cannot_be_closed_leaves_no_sandbox(

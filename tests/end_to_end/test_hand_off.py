@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from taskyard.settings import RunSettings
-from tests.support.repositories import heads, run_git
+from tests.support.git_http import git_server
+from tests.support.repositories import heads, make_bare, make_repository, run_git
 from tests.support.yard import Run, Yard, eventually, of_method, ok, said
 
 INTERACTIVE = {"agent": "scripted", "mode": "interactive"}
@@ -63,6 +64,81 @@ async def test_there_and_back(live: Yard, shop: Path, repository: str) -> None:
     await run.cancel()
     states = [event["status"] for _, event in await streaming if event["type"] == "task_run_state"]
     assert (states[0], states[-1]) == ("queued", "cancelled")
+
+
+async def test_work_is_published_after_the_way_back(live: Yard, shop: Path, repository: str) -> None:
+    """The run's branch has its own commits by then: the run goes on from them, and they are not its base."""
+    run = await live.api().start("WRITE a.txt one\nSAY one", repository=repository, **INTERACTIVE)
+    await run.turns(1)
+    await there_and_back(run)
+    await run.command("user_message", content="SHELL cat a.txt\nWRITE b.txt two\nSAY two")
+    await run.turns(2)
+    published = [
+        step for step in of_method(await run.log(), "_posthog/progress") if step["step"] == "publish"
+    ]
+    assert [(step["status"], step["detail"]) for step in published] == [("completed", "1 commit")] * 2
+    body = await run.fetch()
+    branch = body["output"]["head_branch"]
+    assert heads(shop)[branch] == body["output"]["commit_sha"]
+    assert run_git(shop, "ls-tree", "--name-only", branch).split() == ["README.md", "a.txt", "b.txt"]
+    assert body["state"]["pr_base_branch"] == "main"
+    await run.cancel()
+
+
+async def test_a_resumed_run_keeps_its_own_work_on_the_way_back(
+    live: Yard, shop: Path, repository: str
+) -> None:
+    first = await live.api().start("WRITE a.txt one\nSAY one", repository=repository, agent="scripted")
+    await first.status("completed")
+    await released(first)
+    body = {"resume_from_run_id": first.id, "pending_user_message": "WRITE b.txt two\nSAY two", **INTERACTIVE}
+    task = ok(await live.api().post(f"tasks/{first.task_id}/run/", body))
+    run = Run(live.api(), first.task_id, task["latest_run"]["id"])
+    await run.turns(2)  # the log begins with that of the other run
+    await there_and_back(run)
+    await run.command("user_message", content="WRITE c.txt three\nSAY three")
+    await run.turns(3)
+    branch = (await run.fetch())["output"]["head_branch"]
+    files = run_git(shop, "ls-tree", "--name-only", branch).split()
+    assert files == ["README.md", "a.txt", "b.txt", "c.txt"]
+    await run.cancel()
+
+
+async def there_and_back(run: Run) -> None:
+    await run.patch(environment="local")
+    await released(run)
+    ok(await run.api.post(run.path("resume_in_cloud/")))
+
+
+class TestPush:
+    @pytest.fixture
+    def run_settings(self) -> RunSettings:
+        return RunSettings(checkpoint_s=3600)
+
+    async def test_what_the_agent_pushed_before_a_cancel_stays(self, live: Yard, tmp_path: Path) -> None:
+        (tmp_path / "served" / "acme").mkdir(parents=True)
+        bare = make_bare(tmp_path / "served" / "acme" / "shop.git", make_repository(tmp_path / "source"))
+        with git_server(tmp_path / "served") as server:
+            origin = {"origin": f"{server.url}/acme/shop.git"}
+            name = ok(await live.api().post("repositories/", origin), 201)["name"]
+            run = await live.api().start("WRITE a.txt one\nSAY one", repository=name, **INTERACTIVE)
+            await run.turns(1)
+            branch = f"taskyard/tes-0-{run.id[:8]}"
+            one = heads(bare)[branch]
+            push = f"WRITE b.txt two\nCOMMIT b\nSHELL git push origin HEAD:refs/heads/{branch}\nSLEEP 60"
+            await run.command("user_message", content=push)
+
+            async def tip() -> str:
+                return heads(bare)[branch]
+
+            two = await eventually(tip, lambda commit: commit != one, lambda _: "push of the agent")
+            await run.cancel()
+            await released(run)
+            ok(await run.api.post(run.path("resume_in_cloud/")))
+            await run.command("user_message", content="WRITE c.txt three\nSAY three")
+            await eventually(tip, lambda commit: commit != two, lambda _: "publication")
+            await run.cancel()
+        assert run_git(bare, "log", "--format=%H", f"main..{branch}").split()[1:] == [two, one]
 
 
 async def test_a_local_run_begins_in_the_cloud(live: Yard) -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
 
 from taskyard import dispatch, worker
-from taskyard.db.engine import Database
+from taskyard.db.engine import Connection, Database
+from taskyard.drive.session import CUT_OFF
 from taskyard.errors import SetupError
 from taskyard.jobs import engine
 from taskyard.runs import store as runs
 from taskyard.serve import Stop, _serve
 from taskyard.settings import Settings
 from tests.support.outage import outage
+from tests.support.processes import agents_of
 from tests.support.yard import Run, Yard, eventually, of_method, said
 
 SCRIPTED = {"agent": "scripted"}
@@ -68,6 +74,67 @@ async def test_a_lease_survives_a_failed_renewal(
     assert (await run.fetch())["status"] == "completed"
     assert renewals > 2
     assert await database.fetch("SELECT 1 FROM run_cursors WHERE leased_until IS NOT NULL") == []
+
+
+class Cut(Database):
+    """The way of one worker to the database, which a test can cut."""
+
+    away = False
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        if self.away:
+            raise LOST
+        async with super().connection() as connection:
+            yield connection
+
+
+@pytest.mark.parametrize("taken", [False, True])
+async def test_a_worker_that_is_cut_off_stops_its_agent(
+    yard: Yard, settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """It cannot know whether another one has the run by now; the run goes on when it has not."""
+    monkeypatch.setattr(runs, "LEASE_S", 3)
+    mine = Cut(database.url)
+    await mine.open()
+    async with worker.running_worker(settings, mine):
+        run = await yard.api().start("SAY before\nSLEEP 60", mode="interactive", **SCRIPTED)
+        await streamed(run, "before")
+        mine.away = True
+
+        async def agents() -> list[int]:
+            return agents_of(run.id)
+
+        await eventually(agents, lambda pids: not pids, lambda pids: f"end of the agent {pids}")
+        if taken:
+            other = await eventually(
+                lambda: runs.claim(database, UUID(run.id), "other", "elsewhere"), bool, lambda _: "free lease"
+            )
+            assert other is not None
+            mine.away = False
+
+            async def folders() -> list[Path]:
+                return list((settings.data_dir / "sandboxes").iterdir())
+
+            await eventually(folders, lambda left: not left, lambda left: f"end of the sandbox {left}")
+            assert agents_of(run.id) == []
+            assert len(of_method(await run.log(), "_posthog/run_started")) == 1
+            assert await runs.renew(database, other.lease)
+        else:
+            mine.away = False
+            await eventually(
+                run.log,
+                lambda log: [one["loaded"] for one in of_method(log, "_posthog/session/resume")] == [True],
+                lambda log: f"a second start in {log[-3:]}",
+            )
+            await run.command("cancel")
+            log = await run.turns(1)
+            assert said(log) == "before"
+            lines = [params["message"] for params in of_method(log, "_posthog/console")]
+            assert any(line.startswith(CUT_OFF) for line in lines), lines
+            await run.cancel()
+            await run.stream()
+    await mine.close()
 
 
 async def test_a_driver_that_failed_before_its_run_began(live: Yard, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,24 @@ import pytest
 
 from taskyard import dispatch
 from taskyard.db.engine import Database
+from taskyard.drive.session import AgentSession
+from taskyard.drive.setup import PreparingRun
 from taskyard.runs import store as runs
 from taskyard.settings import AgentSettings, RunSettings, Settings, WorkerSettings
 from taskyard.worker import running_worker
 from tests.conftest import make_settings
 from tests.support.processes import agents_of, kill_agent
 from tests.support.repositories import run_git
-from tests.support.yard import Run, Yard, eventually, of_method, ok, said
+from tests.support.yard import DEADLINE_S, Run, Yard, eventually, of_method, ok, said
 
 SCRIPTED = {"agent": "scripted"}
+ASKING = {
+    "mode": "interactive",
+    "runtime_adapter": "claude",
+    "model": "claude-sonnet-4-6",
+    "initial_permission_mode": "default",
+    **SCRIPTED,
+}
 
 
 def sandboxes(settings: Settings) -> list[Path]:
@@ -135,6 +144,25 @@ class TestAnotherWorker:
             if (folder.data_dir / "sandboxes").exists() and (folder is settings) == (where == "here"):
                 assert sandboxes(folder) == []
 
+    async def test_a_cancel_between_two_workers_ends_the_turn(
+        self, yard: Yard, settings: Settings, database: Database
+    ) -> None:
+        async with running_worker(settings, database):
+            run = await yard.api().start("SAY one\nSLEEP 60\nSAY two", mode="interactive", **SCRIPTED)
+            await streamed(run, "one")
+        cancel = asyncio.create_task(run.command("cancel"))
+        await eventually(lambda: database.fetch("SELECT 1 FROM commands"), bool, lambda _: "command")
+        async with running_worker(settings, database):
+            assert (await cancel)["result"] == {"cancelled": True}
+            log = await run.turns(1)
+            assert said(log) == "one"
+            assert [turn["stopReason"] for turn in of_method(log, "_posthog/turn_complete")] == ["cancelled"]
+            # It was for that turn alone.
+            await run.command("user_message", content="SAY three")
+            assert said(await run.turns(2)).split() == ["one", "three"]
+            await run.cancel()
+            await let_go_of(database)
+
     async def test_an_idle_run_sleeps_through_a_restart(
         self, yard: Yard, settings: Settings, elsewhere: Settings, database: Database
     ) -> None:
@@ -151,6 +179,43 @@ class TestAnotherWorker:
             assert "suspended" not in (await run.fetch())["state"]
             await run.cancel()
             await let_go_of(database)
+
+    @pytest.mark.parametrize("with_repository", [False, True])
+    async def test_a_worker_stopped_while_it_sets_a_resumed_run_up(
+        self,
+        yard: Yard,
+        settings: Settings,
+        database: Database,
+        shop: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        with_repository: bool,
+    ) -> None:
+        api, name = yard.api(), None
+        if with_repository:
+            name = ok(await api.post("repositories/", {"origin": str(shop)}), 201)["name"]
+        make, reached = PreparingRun._make_agent, asyncio.Event()
+
+        async def hanging_once(*arguments: Any) -> None:
+            if not reached.is_set():
+                reached.set()
+                await asyncio.Event().wait()
+            await make(*arguments)
+
+        async with running_worker(settings, database):
+            first = await api.start("WRITE a.txt one\nSAY one", repository=name, **SCRIPTED)
+            await completed(first)
+            await let_go_of(database)
+            monkeypatch.setattr(PreparingRun, "_make_agent", hanging_once)
+            body = {"resume_from_run_id": first.id, "pending_user_message": "SHELL cat a.txt\nSAY two"}
+            task = ok(await api.post(f"tasks/{first.task_id}/run/", {**body, **SCRIPTED}))
+            second = Run(api, first.task_id, task["latest_run"]["id"])
+            async with asyncio.timeout(DEADLINE_S):
+                await reached.wait()
+        assert (await second.fetch())["status"] == "in_progress"
+        async with running_worker(settings, database):
+            await completed(second)
+        assert '"output": "one"' in await second.stream_text()
+        assert [one["loaded"] for one in of_method(await second.log(), "_posthog/session/resume")] == [True]
 
     async def test_a_lost_worker(
         self,
@@ -213,10 +278,7 @@ class TestSleep:
         assert said(await run.log()).split() == ["one", "two"]
 
     async def test_a_permission_is_asked_for_over_a_sleep(self, live: Yard, settings: Settings) -> None:
-        run = await live.api().start(
-            "SAY before\nASK May I\nSAY after", mode="interactive", runtime_adapter="claude",
-            model="claude-sonnet-4-6", initial_permission_mode="default", **SCRIPTED,
-        )  # fmt: skip
+        run = await live.api().start("SAY before\nASK May I\nSAY after", **ASKING)
         await suspended(run)
         [asked] = of_method(await run.log(), "_posthog/permission_request")
         answer = await run.command("permission_response", requestId=asked["requestId"], optionId="allow")
@@ -227,6 +289,101 @@ class TestSleep:
         again = await run.command("permission_response", requestId=asked["requestId"], optionId="allow")
         assert "no such permission request is open" in again["error"]["message"]
         await run.cancel()
+
+    async def test_a_message_does_not_wake_who_waits_for_a_permission(
+        self, live: Yard, database: Database
+    ) -> None:
+        run = await live.api().start("SAY before\nASK May I\nSAY after", **ASKING)
+        await suspended(run)
+        await let_go_of(database)
+        await run.command("user_message", content="SAY later")
+        assert await database.fetch("SELECT 1 FROM run_queue") == []
+        [asked] = of_method(await run.log(), "_posthog/permission_request")
+        # What wakes it finds the message there, and it sleeps again all the same.
+        await run.command("set_config_option", configId="mode", value="default")
+        await suspended(run)
+        await let_go_of(database)
+        assert await database.fetch("SELECT 1 FROM run_queue") == []
+        assert len(of_method(await run.log(), "_posthog/run_started")) == 2
+        await run.command("permission_response", requestId=asked["requestId"], optionId="allow")
+        log = await run.turns(2)
+        assert said(log).splitlines() == ["before", "May I: allow", "after", "later"]
+        await run.cancel()
+
+    @pytest.mark.parametrize("steered", [False, True])
+    async def test_a_cancel_wakes_who_waits_for_a_permission(self, live: Yard, steered: bool) -> None:
+        run = await live.api().start("SAY before\nASK May I\nSAY after", **ASKING)
+        await suspended(run)
+        if steered:
+            await run.command("steer", content="SAY something else")
+        else:
+            assert (await run.command("cancel"))["result"] == {"cancelled": True}
+        log = await run.turns(2 if steered else 1)
+        stops = [turn["stopReason"] for turn in of_method(log, "_posthog/turn_complete")]
+        assert stops == ["cancelled", *(["end_turn"] if steered else [])]
+        assert said(log).splitlines() == ["before", *(["something else"] if steered else [])]
+        assert len(of_method(log, "_posthog/permission_request")) == 1
+        await run.cancel()
+
+    @pytest.mark.parametrize("end", ["cancel", "deadline"])
+    async def test_a_sleeper_with_messages_ends(
+        self, live: Yard, database: Database, monkeypatch: pytest.MonkeyPatch, end: str
+    ) -> None:
+        monkeypatch.setattr(dispatch, "SWEEP_S", 0.3)
+        run = await live.api().start("ASK May I", **ASKING)
+        await suspended(run)
+        await run.command("user_message", content="SAY later")
+        if end == "cancel":
+            await run.cancel()
+        else:
+            await database.execute("UPDATE run_cursors SET due_at = clock_timestamp()")
+            assert (await run.status("failed"))["state"]["error_type"] == "deadline"
+        await run.logged("A message was not delivered to the agent: the run had ended.")
+
+    async def test_an_output_that_comes_while_it_falls_asleep_completes_it(
+        self, live: Yard, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        close, closing, go_on = AgentSession.close, asyncio.Event(), asyncio.Event()
+
+        async def slow_close(self: AgentSession, **options: Any) -> None:
+            closing.set()
+            await go_on.wait()
+            await close(self, **options)
+
+        monkeypatch.setattr(AgentSession, "close", slow_close)
+        run = await self.with_schema(live)
+        async with asyncio.timeout(DEADLINE_S):
+            await closing.wait()
+        body = ok(await run.api.patch(run.path("set_output/"), {"output": {"answer": 42}}))
+        assert body["status"] == "in_progress"
+        go_on.set()
+        body = await run.status("completed")
+        assert body["output"] == {"answer": 42}
+        await run.stream()
+
+    async def test_an_output_completes_a_sleeper_whose_worker_still_cleans_up(
+        self, live: Yard, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        release, go_on = runs.release, asyncio.Event()
+
+        async def slow_release(*arguments: Any) -> None:
+            await go_on.wait()
+            await release(*arguments)
+
+        monkeypatch.setattr(runs, "release", slow_release)
+        run = await self.with_schema(live)
+        await suspended(run)
+        ok(await run.api.patch(run.path("set_output/"), {"output": {"answer": 42}}))
+        assert (await run.fetch())["status"] == "completed"
+        go_on.set()
+        await run.stream()
+
+    async def with_schema(self, live: Yard) -> Run:
+        """A run that falls asleep, and that an output completes."""
+        api = live.api()
+        task = await api.create_task(description="SAY hi", json_schema={"type": "object"})
+        started = ok(await api.post(f"tasks/{task['id']}/run/", {"mode": "interactive", **SCRIPTED}))
+        return Run(api, task["id"], started["latest_run"]["id"])
 
     async def test_cancel_while_it_sleeps(self, live: Yard, database: Database) -> None:
         run = await live.api().start("SAY one", mode="interactive", **SCRIPTED)

@@ -23,7 +23,7 @@ from tests.support.model_endpoint import Endpoint, model_endpoint
 from tests.support.processes import agents_of
 from tests.support.repositories import make_bare, make_repository, run_git
 from tests.support.site import running_worker_process
-from tests.support.yard import Yard, eventually, of_method, ok, open_yard, said
+from tests.support.yard import Run, Yard, eventually, of_method, ok, open_yard, said
 
 MODELS = {
     "claude": {"runtime_adapter": "claude", "model": "claude-sonnet-4-6"},
@@ -178,6 +178,38 @@ async def test_what_was_pushed_after_the_checkpoint_stays(yard: Yard, crew: Crew
     assert run_git(bare, "show", f"{branch}:a.txt").strip() == "one"
     lines = [params["message"] for params in of_method(await run.log(), "_posthog/console")]
     assert f"The workspace goes on from the published commit {pushed[:12]}." in lines
+
+
+async def test_a_worker_killed_before_the_first_checkpoint_of_a_resumed_run(
+    yard: Yard, crew: Crew, tmp_path: Path
+) -> None:
+    """What the run resumes is all there is of it: the next worker takes that again."""
+    name = ok(
+        await yard.api().post("repositories/", {"origin": str(make_repository(tmp_path / "shop"))}), 201
+    )["name"]
+    late = {"TASKYARD_RUNS__CHECKPOINT_S": "3600"}
+    first = crew.start("first", **late)
+    one = await yard.api().start("WRITE a.txt one\nSAY one", repository=name, **MODELS["scripted"])
+    await one.status("completed")
+    body = {"resume_from_run_id": one.id, "pending_user_message": "SAY begun\nSLEEP 60", **MODELS["scripted"]}
+    task = ok(await yard.api().post(f"tasks/{one.task_id}/run/", {**body, "mode": "interactive"}))
+    two = Run(yard.api(), one.task_id, task["latest_run"]["id"])
+    await eventually(
+        two.stream_text, lambda text: "begun" in text, lambda text: f"a message in {text[-2000:]}"
+    )
+    first.send_signal(signal.SIGKILL)
+    first.wait(60)
+    crew.start("second", **late)
+    await eventually(
+        two.log,
+        lambda log: len(of_method(log, "_posthog/session/resume")) == 2,
+        lambda log: f"a second start in {log[-3:]}",
+    )
+    await two.command("steer", content="SHELL cat a.txt\nSAY done")
+    log = await eventually(two.log, lambda log: "done" in said(log), lambda log: f"an answer in {log[-3:]}")
+    assert [resumed["loaded"] for resumed in of_method(log, "_posthog/session/resume")] == [True, True]
+    assert '"output": "one"' in await two.stream_text()
+    await two.cancel()
 
 
 async def branch_of(bare: Path, branch: str) -> str:

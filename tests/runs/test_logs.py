@@ -187,6 +187,16 @@ class TestSession:
         assert counts(response)[:2] == (8, 1)
         assert len((await session(run)).json()) == 8
 
+    async def test_times_that_the_database_cannot_read(self, yard: Yard) -> None:
+        run = await yard.api().create_run()
+        odd = ["2026-05-20T10:00:00+23:59", "2026-05-20T10:00:00+01:02:03.5", "0001-01-01T00:00:00+10:00"]
+        await run.append(*(note(str(n), timestamp=stamp) for n, stamp in enumerate(odd)))
+        assert len((await session(run)).json()) == 3
+        found = (await session(run, after="2026-05-19T12:00:00+23:59")).json()
+        assert [entry["notification"]["method"] for entry in found] == ["0", "1"]
+        response = await run.api.get(run.path("session_logs/"), params={"after": odd[2]})
+        error(response, 400, "invalid_input", "after")
+
     async def test_pages(self, yard: Yard) -> None:
         run = await yard.api().create_run()
         for start in (0, 600):

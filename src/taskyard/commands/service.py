@@ -69,7 +69,7 @@ async def send(
                 )
                 method, params = Method.CANCEL, {}
             seq = await store.insert(connection, run_id, caller.user_id, method, params)
-            if await resume.wake(connection, run_id):
+            if await resume.wake(connection, run_id, message=method == Method.USER_MESSAGE):
                 await enqueue_drive(connection, run_id)
         answer: dict[str, Any] = {"jsonrpc": "2.0"}
         if command.id is not None:

@@ -81,10 +81,15 @@ async def take_message(connection: Connection, lease: Lease) -> Row | None:
     ).fetchone()
 
 
-async def any_waits(connection: Connection, run_id: UUID) -> bool:
-    """Whether any command waits. With the run locked, none can come in between."""
+async def any_waits(connection: Connection, run_id: UUID, *, turn_open: bool) -> bool:
+    """Whether a command waits that could be delivered now: a message comes after the turn that is open.
+
+    With the run locked, none can come in between.
+    """
     rows = await connection.execute(
-        "SELECT 1 FROM commands WHERE run_id = %(run)s AND delivered_at IS NULL LIMIT 1", {"run": run_id}
+        "SELECT 1 FROM commands WHERE run_id = %(run)s AND delivered_at IS NULL"
+        " AND NOT (%(open)s AND method = 'user_message') LIMIT 1",
+        {"run": run_id, "open": turn_open},
     )
     return await rows.fetchone() is not None
 

@@ -29,7 +29,7 @@ async def _end(connection: Connection, run_id: UUID, wall_clock_s: float) -> Non
     turn = await resume.asleep(connection, run_id)
     if row is None or row["started_at"] is None or turn is None:
         return
-    if await commands.any_waits(connection, run_id):
+    if await commands.any_waits(connection, run_id, turn_open=turn.open):
         return
     changes: dict[str, Any]
     if turn.open:

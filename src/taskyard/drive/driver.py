@@ -151,6 +151,8 @@ class Driver(PreparingRun):
         self._resumed = True
         if agent is not None:
             await agent.close(in_turn=True)
+        if self._cutting is not None:
+            await asyncio.wait({self._cutting})
 
     async def _surely(self, work: Coroutine[Any, Any, None], limit_s: float | None = None) -> None:
         """The last steps of a run. A stop of the worker cuts them short, but not before the end is written.
@@ -191,6 +193,8 @@ class Driver(PreparingRun):
                 if self._sandbox is not None:
                     free = self._sandbox.detach if self._stays else self._sandbox.destroy
                     steps.push_async_callback(free)
+                if self._cutting is not None:
+                    steps.push_async_callback(asyncio.wait, {self._cutting})
                 if self._agent is not None:
                     steps.push_async_callback(self._agent.close)
         except Exception:
@@ -259,7 +263,11 @@ class Driver(PreparingRun):
                     return True
                 if turn is not None:
                     await resume.set_turn(connection, self.lease, turn)
-                if not may_sleep or await commands.any_waits(connection, self.lease.run_id):
+                if (
+                    not may_sleep
+                    or await commands.any_waits(connection, self.lease.run_id, turn_open=not waits)
+                    or await resume.is_completing(connection, self.lease)
+                ):
                     await enqueue_drive(connection, self.lease.run_id)
                     return False
                 await lifecycle.change(
@@ -277,11 +285,14 @@ class Driver(PreparingRun):
     async def _salvage(self, *, publish: bool) -> None:
         """Bring to safety what the agent has done. What fails here does not hide why the run ends."""
         agent, work = self._agent, self._work
-        if agent is None:
-            return
-        steps: list[Callable[[], Awaitable[object]]] = [agent.close, lambda: self._save_usage(agent)]
+        steps: list[Callable[[], Awaitable[object]]] = []
+        if agent is not None:
+            steps.append(agent.close)
+        if publish and work is not None and (agent is not None or self._whole):
+            steps.append(lambda: self._publish(work))
+        if agent is not None:
+            steps.append(lambda: self._save_usage(agent))
         if publish and work is not None:
-            steps.insert(1, lambda: self._publish(work))
             steps.append(lambda: self._keep_state(progress=False))
         for step in steps:
             try:

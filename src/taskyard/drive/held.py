@@ -87,7 +87,12 @@ class HeldRun:
         self.secrets = Redactor(server_secrets(parts.settings))
         """What nothing that is written of the run may contain."""
         self._own_secrets: list[str] = []
-        self.recorder = Recorder(parts.database, lease, on_lost=wake.set, secrets=self.secrets)
+        self.recorder = Recorder(
+            parts.database, lease, on_lost=wake.set, secrets=self.secrets, written=claimed.last_seq
+        )
+        self._stands = asyncio.Event()
+        """The lease is known to stand; else no agent may work."""
+        self._stands.set()
         self._renewal = asyncio.create_task(self._renew(), name=f"lease {self.run_id}")
         self._row: Row = {}
 
@@ -97,17 +102,33 @@ class HeldRun:
         return self.run_id
 
     async def _renew(self) -> None:
+        loop = asyncio.get_running_loop()
         held, wait = True, runs.LEASE_S / 3
-        while held:
-            await asyncio.sleep(wait)
-            try:
-                held = await runs.renew(self.parts.database, self.lease)
-                wait = runs.LEASE_S / 3
-            except AWAY:
-                raise_cancelled()
-                wait = min(wait, 1.0)
+        # By a clock of its own: a statement can hang for longer.
+        end = loop.call_later(runs.LEASE_S, self._cut_off)
+        try:
+            while held:
+                await asyncio.sleep(wait)
+                asked = loop.time()
+                try:
+                    held = await runs.renew(self.parts.database, self.lease)
+                except AWAY:
+                    raise_cancelled()
+                    wait = min(wait, 1.0)
+                else:
+                    wait = runs.LEASE_S / 3
+                    end.cancel()
+                    if held:
+                        end = loop.call_at(asked + runs.LEASE_S, self._cut_off)
+                        self._stands.set()
+        finally:
+            end.cancel()
         self.recorder.lost = True
         self._wake.set()
+
+    def _cut_off(self) -> None:
+        """The lease has run out without an answer of the database: another worker may have the run by now."""
+        self._stands.clear()
 
     def _hide(self, secrets: Sequence[str]) -> None:
         """From now on, show these nowhere."""

@@ -34,7 +34,9 @@ class Recorder:
         *,
         on_lost: Callable[[], None],
         secrets: Redactor | None = None,
+        written: int = 0,
     ) -> None:
+        """`written`: the number of an entry that stood before the lease was claimed."""
         self.secrets = secrets or Redactor()
         """What no entry may contain."""
         self._database = database
@@ -48,8 +50,8 @@ class Recorder:
         self._room = asyncio.Event()
         self._room.set()
         self._task = asyncio.create_task(self._write(), name=f"record {lease.run_id}")
-        self._written = 0
-        """Number of our last entry."""
+        self._written = written
+        """Number of our last entry, or of one before our first."""
         self.lost = False
         """Nothing can be written any more: the lease is lost, or a bug stops the writing."""
 

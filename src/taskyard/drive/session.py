@@ -26,6 +26,10 @@ from taskyard.sandbox.provider import Process
 Json = dict[str, Any]
 
 CLOSE_SESSION_S = 2.0
+CUT_OFF = (
+    "The worker did not reach the database for so long that another one may have gone on with the run; so the agent"
+    " was stopped."
+)
 EXIT_S = 10.0
 """An agent whose output has ended has this long to end itself."""
 
@@ -59,6 +63,7 @@ class AgentSession:
         self.version = ""
         self.prompted_at = asyncio.get_running_loop().time()
         self.gone = False
+        self.was_cut_off = False
         self._watch = asyncio.create_task(self._watch_end(), name="agent end")
 
     @property
@@ -85,14 +90,21 @@ class AgentSession:
         return self._transcript.last_message
 
     async def prompt(self, blocks: Sequence[Json]) -> PromptResult:
-        """One turn."""
+        """One turn. Raises AgentGoneError also when the agent was cut off: what it says then is not its answer."""
         self.prompted_at = asyncio.get_running_loop().time()
         self._transcript.begin_turn()
         self.prompted = True
         try:
-            return await self.connection.prompt(self.session_id, blocks)
+            result = await self.connection.prompt(self.session_id, blocks)
+        except AcpError as error:
+            if self.was_cut_off:
+                raise AgentGoneError from error
+            raise
         finally:
             self._transcript.end_text()
+        if self.was_cut_off:
+            raise AgentGoneError
+        return result
 
     async def cancel(self) -> None:
         with suppress(AgentGoneError):
@@ -117,6 +129,8 @@ class AgentSession:
 
         error_type: of a process that ended by itself.
         """
+        if self.was_cut_off:
+            return AgentLost(CUT_OFF)
         try:
             async with asyncio.timeout(EXIT_S):
                 end = await self._process.wait()
@@ -150,8 +164,14 @@ class AgentSession:
                 async with asyncio.timeout(CLOSE_SESSION_S):
                     await self.connection.close_session(self.session_id)
         await self.connection.close()
+        self._transcript.end_text()  # what it said until its session was closed
         await self._process.terminate(self.adapter.exit_grace_s)
         await self._gateway.close()
+
+    async def cut_off(self) -> None:
+        """End it, and its way to models and repositories at once, however long its own end takes."""
+        self.was_cut_off = self.gone = True
+        await asyncio.gather(self.close(in_turn=True), self._gateway.close())
 
     async def _watch_end(self) -> None:
         await self.connection.wait_ended()

@@ -77,7 +77,10 @@ class PreparingRun(ConversingRun):
         state = self._row["state"]
         adapter = adapter_of(self.parts.settings, state)
         own = await self._patiently(lambda: resume.checkpoint_of(self.parts.database, self.lease.run_id))
-        kept = own if own is not None or self._resumed else await self._predecessor()
+        kept = own
+        if (own is None or not own.keys) and not self._row["pushed"]:
+            # Nothing that was done in this run is kept: it goes on from the run that it resumes.
+            kept = await self._predecessor() or own
         self._keeper = Keeper(self.parts.database, self.parts.objects, self.lease, self._row["task_id"], own)
         parts = self.parts
         self._environment = environment = await self._patiently(
@@ -87,10 +90,10 @@ class PreparingRun(ConversingRun):
         async with self._step("sandbox", label, "sandbox_failed"):
             here = await self._attend(self._find_sandbox(own))
         assert self._sandbox is not None
-        self._work = self._new_work(self._sandbox)
-        # No agent was in it yet: all that is there comes from the mirror.
-        fresh = not here and kept is None and not self._resumed
-        here = await self._attend(self._fill_workspace(kept, here=here))
+        # No agent was in it yet: all that is there comes from the mirror, and from the base branch.
+        fresh = not here and kept is None and not self._resumed and not self._row["pushed"]
+        self._work, self._whole = self._new_work(self._sandbox), False
+        here = self._whole = await self._attend(self._fill_workspace(kept, here=here))
         variables = await self._patiently(lambda: user_variables(parts.settings, parts.database, environment))
         self._hide(secret_values(variables))
         if environment is not None and environment["setup_script"].strip() and not here:
@@ -99,8 +102,10 @@ class PreparingRun(ConversingRun):
                     self._run_setup(self._sandbox, self._work, environment, variables, fresh=fresh)
                 )
         self._was_set_up = True
+        if here:
+            kept = own
         session_id: str | None = None
-        if kept is not None and kept.agent == adapter.name:
+        if kept is not None and kept.agent == adapter.name and not (kept is not own and self._has_turns):
             session_id = kept.session_id
             if not here and not await self._attend(self._bring_session(kept)):
                 session_id = None
@@ -111,6 +116,7 @@ class PreparingRun(ConversingRun):
         agent = self._agent
         assert agent is not None
         await self._patiently(self._note)
+        self._whole = True
         self.recorder.add(
             entries.named(
                 "_posthog/run_started",
@@ -128,6 +134,13 @@ class PreparingRun(ConversingRun):
                     "_posthog/session/resume", {"sessionId": agent.session_id, "loaded": agent.loaded}
                 )
             )
+
+    @property
+    def _has_turns(self) -> bool:
+        """Turns of this run have ended: the session of the run that it resumes does not know them."""
+        return bool(self._row["state"].get("handoff_resumed")) or (
+            self.turn is not None and self.turn.number > 1
+        )
 
     async def _predecessor(self) -> Checkpoint | None:
         """The checkpoint of the newest run that this one resumes and that has one."""
@@ -184,11 +197,11 @@ class PreparingRun(ConversingRun):
         assert keeper is not None
         assert sandbox is not None
         repository = self._task["repository"]
-        base = base_of(kept)
-        if here and (base is not None or not repository):
+        base, left = base_of(kept), base_of(keeper.newest)
+        if here and (left is not None or not repository):
             try:
-                if base is not None:
-                    await work.use_again(base)
+                if left is not None:
+                    await work.use_again(left)
             except (WorkspaceError, SandboxError) as error:
                 log.warning("a sandbox cannot be used again", run=self.run_id, reason=error.detail)
                 await sandbox.destroy()
@@ -206,7 +219,7 @@ class PreparingRun(ConversingRun):
                     await work.check_out_again(base)
                 if kept is not None:
                     await self._bring(keeper, sandbox, work, kept)
-                if self._resumed:
+                if keeper.newest is not None or self._row["pushed"]:
                     await self._catch_up(keeper, work)
             if self._row["branch"] is None:
                 await self._change(state={"pr_base_branch": work.base_branch})

@@ -144,9 +144,9 @@ async def left_unjoined(database: Database, run_id: UUID) -> list[Entry]:
     session_id = json.loads(prompt.data)["notification"]["params"]["sessionId"]
     found = _ForTheLog()
     transcript = Transcript(found)
-    after = prompt.seq
     kinds = [*JOINED.values()]
-    while page := await store.streamed_since(database, run_id, kinds, after=after, limit=PAGE):
+    after = await store.last_joined(database, run_id, kinds, session_id, after=prompt.seq)
+    while page := await store.streamed_since(database, run_id, after=after, limit=PAGE):
         for item in page:
             try:
                 params = json.loads(item.data)["notification"]["params"]

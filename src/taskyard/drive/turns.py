@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import structlog
 
 from taskyard.agents.acp import AcpError, AgentGoneError, PromptResult
+from taskyard.agents.adapters import adapters
 from taskyard.db.engine import Row
 from taskyard.db.hub import Wake
 from taskyard.drive.attachments import AttachmentError, deliver
@@ -60,6 +61,8 @@ class ConversingRun(WatchedRun):
         self._sandbox: Sandbox | None = None
         self._work: Work | None = None
         self._keeper: Keeper | None = None
+        self._whole = False
+        """The sandbox has all that an agent left there, also when the next one does not start."""
         self._idle_s = claimed.idle_s
         self._submitting = asyncio.Lock()
 
@@ -102,11 +105,16 @@ class ConversingRun(WatchedRun):
                 self.recorder.add(entries.session_update(agent.session_id, update))
         blocks = await self._blocks(agent, turn, again=again)
         self._check_budget()
+        if not self._stands.is_set():
+            await self._attend(self._stands.wait())
         await self._check_agent_lives()
         if again:
             await self._look()  # the answer to what it is about to ask may be there
-        self._told = True
-        stop_reason, problem = await self._prompt(agent, [*blocks, *links])
+        stop_reason: str = "cancelled"
+        problem: str | None = None
+        if not self._skipped:
+            self._told = True
+            stop_reason, problem = await self._prompt(agent, [*blocks, *links])
         self._check_budget()
         agent.permissions.forget()
         if problem is not None:
@@ -134,6 +142,7 @@ class ConversingRun(WatchedRun):
             ),
             **changes,
         )
+        self._skipped = False
         return completes or await self._conclude()
 
     async def _prompt(self, agent: AgentSession, blocks: Sequence[Json]) -> tuple[str, str | None]:
@@ -292,15 +301,16 @@ class ConversingRun(WatchedRun):
 
     async def _keep_state(self, *, progress: bool) -> bool:
         """Make a checkpoint; False when there is none of this moment."""
-        if self._keeper is None or self._sandbox is None or self._work is None or self._agent is None:
+        keeper, agent = self._keeper, self._agent
+        if keeper is None or self._sandbox is None or self._work is None:
             return False
-        return await self._keeper.save(
-            self._sandbox,
-            self._work,
-            self._agent.adapter,
-            self._agent.session_id or None,
-            progress=progress,
-        )
+        if agent is not None:
+            adapter, session_id = agent.adapter, agent.session_id or None
+        elif self._whole and (newest := keeper.newest) is not None:
+            adapter, session_id = adapters(self.parts.settings)[newest.agent], newest.session_id
+        else:
+            return False
+        return await keeper.save(self._sandbox, self._work, adapter, session_id, progress=progress)
 
     async def _keep_surely(self) -> bool:
         """The same at the end of a turn: the work since the last one must not be lost because something is away."""

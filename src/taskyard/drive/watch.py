@@ -7,6 +7,8 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import structlog
+
 from taskyard.agents.acp import AcpError, AgentGoneError
 from taskyard.commands.store import Letter
 from taskyard.db.hub import Wake
@@ -25,6 +27,7 @@ from taskyard.events.store import LeaseLostError
 from taskyard.runs import store as runs
 from taskyard.runs.store import Claimed
 
+log = structlog.get_logger()
 T = TypeVar("T")
 
 LOOK_S = 5.0
@@ -50,7 +53,12 @@ class WatchedRun(HeldRun):
         self._due_s = 0.0
         """Seconds until the run ends by itself, if nothing happens."""
         self._agent: AgentSession | None = None
+        self._cutting: asyncio.Task[None] | None = None
+        """Stops an agent that may not go on."""
         self._turn = False
+        """The agent works on a message."""
+        self._skipped = False
+        """The open turn was cancelled while the agent did not work on it."""
         self._cancelled_at: float | None = None
         self._closed = False
         self._ending = False
@@ -70,6 +78,12 @@ class WatchedRun(HeldRun):
         if isinstance(own, (int, float)) and not isinstance(own, bool) and own > 0:
             return min(float(own), MAX_INACTIVITY_S)
         return self._limits.inactivity_s
+
+    def _cut_off(self) -> None:
+        super()._cut_off()
+        log.warning("a run is cut off from the database, its agent is stopped", run=self.run_id)
+        if self._agent is not None:
+            self._cutting = asyncio.create_task(self._agent.cut_off(), name=f"cut off {self.run_id}")
 
     async def _attend(self, work: Coroutine[Any, Any, T], *, turn: bool = False) -> T:
         """Do something that takes time while commands, clocks and the lease are watched."""
@@ -137,21 +151,25 @@ class WatchedRun(HeldRun):
         if agent is None:
             raise LookupError("the agent is not ready yet; try again when the run has started")
         if letter.method == "cancel":
-            if self._turn:
-                self._cancelled_at = self._cancelled_at or self._loop.time()
-                await agent.cancel()
+            await self._interrupt(agent)
             return {"cancelled": True}
         if letter.method == "permission_response":
             agent.permissions.resolve(letter.params)
             return {"resolved": True}
         if letter.method == "close":
             self._closed = True
-            if self._turn:
-                self._cancelled_at = self._cancelled_at or self._loop.time()
-                await agent.cancel()
+            await self._interrupt(agent)
             return {"closed": True}
         options = await agent.set_config_option(letter.params["configId"], letter.params["value"])
         return {"configOptions": options}
+
+    async def _interrupt(self, agent: AgentSession) -> None:
+        """End the turn that is on: the agent stops its work on it, or is not told it at all."""
+        if self._turn:
+            self._cancelled_at = self._cancelled_at or self._loop.time()
+            await agent.cancel()
+        elif self.turn is not None and self.turn.open:
+            self._skipped = True
 
     def _check_silence(self) -> None:
         agent = self._agent

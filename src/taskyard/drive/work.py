@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from taskyard.agents.adapters import GATEWAY
 from taskyard.db.engine import Database, Row
@@ -68,7 +69,12 @@ class Work:
 
     async def check_out(self) -> None:
         """Clone the repository into the sandbox, at the run's base branch."""
-        self.workspace = await self._clone(self._row["branch"])
+        clone = await self._clone(self._row["branch"])
+        base = self._row["state"].get("pr_base_branch")
+        if clone.base_branch == self._branch and isinstance(base, str) and base:
+            # The run goes on from what it has published itself: its base is what that was made from.
+            clone = replace(clone, base_branch=base)
+        self.workspace = clone
 
     async def check_out_again(self, base: Workspace) -> None:
         """Clone it for a checkpoint that was made on `base`: its branch may have moved on, or be gone."""

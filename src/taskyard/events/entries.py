@@ -93,12 +93,12 @@ def stamp_of(entry: Json) -> datetime | None:
 
 
 def parse_time(text: str) -> datetime | None:
-    """An ISO 8601 time; without an offset it counts as UTC."""
+    """An ISO 8601 time, in UTC; without an offset it counts as UTC. None: no time, or none that can be told in UTC."""
     try:
         moment = datetime.fromisoformat(text.strip())
-    except ValueError:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
         return None
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def notification(message: Json, shown: Shown = Shown.BOTH) -> Entry:

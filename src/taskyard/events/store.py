@@ -16,7 +16,7 @@ import msgspec
 from taskyard.db.engine import Connection, Database
 from taskyard.errors import TaskyardError
 from taskyard.events.archive import Archived
-from taskyard.events.entries import Entry, Filter, Shown
+from taskyard.events.entries import Entry, Filter, Shown, encode
 
 
 class LeaseLostError(TaskyardError):
@@ -199,15 +199,25 @@ async def last_prompt(database: Database, run_id: UUID) -> Stored | None:
     return None if row is None else Stored(row["seq"], row["at_ms"], row["data"])
 
 
-async def streamed_since(
-    database: Database, run_id: UUID, kinds: Sequence[str], *, after: int, limit: int
-) -> list[Stored]:
-    """Up to `limit` entries for the stream alone, above `after` and behind all of these kinds for the log alone."""
+async def last_joined(
+    database: Database, run_id: UUID, kinds: Sequence[str], session_id: str, *, after: int
+) -> int:
+    """The number of the last entry of these kinds for the log alone, of a session, above `after`; else that."""
+    row = await database.fetch_one(
+        "SELECT max(seq) AS seq FROM events WHERE run_id = %(run)s AND shown = 1 AND kind = ANY(%(kinds)s)"
+        # As text, since a client may have put anything there; within a string the quotes would be escaped.
+        " AND seq > %(after)s AND strpos(data, %(session)s) > 0",
+        run=run_id, kinds=list(kinds), after=after, session=f'"sessionId": {encode(session_id)}',
+    )  # fmt: skip
+    return after if row is None or row["seq"] is None else int(row["seq"])
+
+
+async def streamed_since(database: Database, run_id: UUID, *, after: int, limit: int) -> list[Stored]:
+    """Up to `limit` entries for the stream alone, above `after`."""
     rows = await database.fetch(
-        "SELECT seq, at_ms, data FROM events WHERE run_id = %(run)s AND shown = 2 AND seq > greatest(%(after)s,"
-        " (SELECT max(seq) FROM events WHERE run_id = %(run)s AND shown = 1 AND kind = ANY(%(kinds)s)))"
+        "SELECT seq, at_ms, data FROM events WHERE run_id = %(run)s AND shown = 2 AND seq > %(after)s"
         " ORDER BY seq LIMIT %(limit)s",
-        run=run_id, after=after, kinds=list(kinds), limit=limit,
+        run=run_id, after=after, limit=limit,
     )  # fmt: skip
     return [Stored(row["seq"], row["at_ms"], row["data"]) for row in rows]
 

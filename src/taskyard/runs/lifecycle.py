@@ -16,6 +16,7 @@ from taskyard.db.engine import Connection, Row
 from taskyard.errors import NotFoundError
 from taskyard.events import entries
 from taskyard.events import store as events
+from taskyard.jobs import enqueue_drive
 from taskyard.runs import store
 from taskyard.runs.schemas import TERMINAL
 from taskyard.runs.store import Lease
@@ -95,6 +96,8 @@ async def change(
     await events.append(connection, run_id, [event], generation=lease.generation if lease else None)
     if lease is None and (saved["status"], saved["started_at"]) != (row["status"], row["started_at"]):
         await store.notify(connection, run_id)
+        if saved["started_at"] is None and await store.sleeps_with_mail(connection, run_id):
+            await enqueue_drive(connection, run_id)  # a worker says that they were not delivered
     return saved
 
 

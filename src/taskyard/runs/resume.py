@@ -108,6 +108,16 @@ async def add_pushed(database: Database, lease: Lease, commit: str) -> None:
     )
 
 
+async def is_completing(connection: Connection, lease: Lease) -> bool:
+    """Whether an output has come that completes the run. Raises LeaseLostError."""
+    row = await _held(
+        connection,
+        lease,
+        "SELECT completing FROM run_cursors WHERE run_id = %(run)s AND generation = %(generation)s",
+    )
+    return bool(row["completing"])
+
+
 # --- checkpoints -------------------------------------------------------------------------------------
 
 
@@ -176,13 +186,17 @@ async def suspend(connection: Connection, lease: Lease, due_s: float) -> None:
     )
 
 
-async def wake(connection: Connection, run_id: UUID) -> bool:
-    """End the sleep of a locked run; True when it was asleep: the caller has it driven."""
+async def wake(connection: Connection, run_id: UUID, *, message: bool) -> bool:
+    """End the sleep of a locked run; True when it was asleep: the caller has it driven.
+
+    A message does not wake a run in the middle of a turn: it could not be delivered before the end of that.
+    """
     row = await (
         await connection.execute(
             "UPDATE run_cursors SET suspended_at = NULL, due_at = NULL"
-            " WHERE run_id = %(run)s AND suspended_at IS NOT NULL RETURNING 1",
-            {"run": run_id},
+            " WHERE run_id = %(run)s AND suspended_at IS NOT NULL"
+            " AND NOT (%(message)s AND (turn ->> 'open')::boolean IS TRUE) RETURNING 1",
+            {"run": run_id, "message": message},
         )
     ).fetchone()
     return row is not None

@@ -234,6 +234,16 @@ async def notify(connection: Connection, run_id: UUID) -> None:
     await connection.execute("SELECT pg_notify('taskyard', 'r:' || %(run)s::text)", {"run": run_id})
 
 
+async def sleeps_with_mail(connection: Connection, run_id: UUID) -> bool:
+    """Whether no worker has the run, and commands wait in its mailbox."""
+    rows = await connection.execute(
+        "SELECT 1 FROM run_cursors c WHERE c.run_id = %(run)s AND c.suspended_at IS NOT NULL"
+        " AND EXISTS (SELECT FROM commands m WHERE m.run_id = c.run_id AND m.delivered_at IS NULL)",
+        {"run": run_id},
+    )
+    return await rows.fetchone() is not None
+
+
 # --- the lease ---------------------------------------------------------------------------------------
 
 LEASE_S = 20
@@ -265,6 +275,8 @@ class Claimed:
     """What was going on: see resume.Turn; None when nothing was begun yet."""
     idle_s: float
     """Seconds since the end of the last turn."""
+    last_seq: int
+    """The number of the newest entry of its record."""
 
 
 async def claim(database: Database, run_id: UUID, worker: str, place: str | None = None) -> Claimed | None:
@@ -285,6 +297,7 @@ async def claim(database: Database, run_id: UUID, worker: str, place: str | None
         " WHERE c.run_id = before.run_id AND (c.leased_until IS NULL OR c.leased_until < clock_timestamp()"
         " OR c.reserved_by = %(worker)s)"
         " RETURNING c.generation, c.generation - c.started_generation AS attempt, before.place, c.resumes, c.turn,"
+        " c.last_seq,"
         " extract(epoch FROM clock_timestamp() - c.driven_since)::float AS driven_s,"
         " extract(epoch FROM clock_timestamp() - coalesce((c.turn ->> 'ended_at')::timestamptz, clock_timestamp()))"
         "::float AS idle_s",
@@ -296,16 +309,17 @@ async def claim(database: Database, run_id: UUID, worker: str, place: str | None
     if row is None:
         return None
     lease = Lease(run_id, row["generation"], row["attempt"])
-    return Claimed(lease, row["place"], row["resumes"], row["driven_s"], row["turn"], row["idle_s"])
+    names = ("place", "resumes", "driven_s", "turn", "idle_s", "last_seq")
+    return Claimed(lease, *(row[name] for name in names))
 
 
 async def ask_to_complete(connection: Connection, run_id: UUID) -> bool:
-    """Tell the worker that drives a locked run to complete it; False when none does."""
+    """Tell the worker that drives a locked run to complete it; False when none does, or it sleeps."""
     row = await (
         await connection.execute(
             "UPDATE run_cursors c SET completing = true FROM runs r"
             " WHERE c.run_id = %(run)s AND r.id = c.run_id AND r.started_at IS NOT NULL"
-            " AND c.leased_until > clock_timestamp() RETURNING 1",
+            " AND c.leased_until > clock_timestamp() AND c.suspended_at IS NULL RETURNING 1",
             {"run": run_id},
         )
     ).fetchone()
