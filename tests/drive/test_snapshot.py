@@ -212,6 +212,18 @@ class TestForward:
         assert not await bring_forward(desk.sandbox, desk.workspace, pushed, desk.mirror)
         assert await desk.agent(seen) == before
 
+    async def test_a_clone_of_a_base_that_has_moved_on(self, desk: Desk, pushed: str) -> None:
+        run_git(desk.origin, "checkout", "--quiet", "main")
+        commit_file(desk.origin, "README.md", "moved on\n", "elsewhere")
+        commit_file(desk.origin, "other.txt", "other\n", "and more")
+        await desk.clone()
+        assert await bring_forward(desk.sandbox, desk.workspace, pushed, desk.mirror, fresh=True)
+        assert (
+            await desk.agent("git rev-parse HEAD; git status --porcelain; cat README.md")
+            == f"{pushed}\npublished"
+        )
+        assert not await bring_forward(desk.sandbox, desk.workspace, pushed, desk.mirror, fresh=True)
+
     async def test_a_repository_without_a_commit(self, tmp_path: Path, hut: Hut) -> None:
         desk = Desk(tmp_path, await hut.sandbox())
         run_git(desk.origin, "checkout", "--quiet", "--orphan", "empty")

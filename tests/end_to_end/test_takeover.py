@@ -21,7 +21,7 @@ from tests.conftest import make_settings
 from tests.support.git_http import git_server
 from tests.support.model_endpoint import Endpoint, model_endpoint
 from tests.support.processes import agents_of
-from tests.support.repositories import make_bare, make_repository, run_git
+from tests.support.repositories import commit_file, make_bare, make_repository, run_git
 from tests.support.site import running_worker_process
 from tests.support.yard import Run, Yard, eventually, of_method, ok, open_yard, said
 
@@ -152,7 +152,10 @@ async def test_a_message_half_told_is_in_the_log(yard: Yard, crew: Crew) -> None
     await run.cancel()
 
 
-async def test_what_was_pushed_after_the_checkpoint_stays(yard: Yard, crew: Crew, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["stays", "moves on"])
+async def test_what_was_pushed_after_the_checkpoint_stays(
+    yard: Yard, crew: Crew, tmp_path: Path, base: str
+) -> None:
     (tmp_path / "served" / "acme").mkdir(parents=True)
     bare = make_bare(tmp_path / "served" / "acme" / "shop.git", make_repository(tmp_path / "source"))
     with git_server(tmp_path / "served") as server:
@@ -170,6 +173,9 @@ async def test_what_was_pushed_after_the_checkpoint_stays(yard: Yard, crew: Crew
         pushed = await eventually(lambda: branch_of(bare, branch), bool, lambda _: "push")
         first.send_signal(signal.SIGKILL)
         first.wait(60)
+        if base == "moves on":
+            commit_file(tmp_path / "source", "other.txt", "other")
+            run_git(tmp_path / "source", "push", "--quiet", str(bare), "HEAD:main")
         crew.start("second", **late)
         body = await run.status("completed", "failed")
         assert (body["status"], body["error_message"]) == ("completed", None)

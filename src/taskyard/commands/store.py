@@ -66,16 +66,24 @@ async def take(database: Database, lease: Lease, methods: tuple[str, ...], limit
 async def take_message(connection: Connection, lease: Lease) -> Row | None:
     """The next message (`params`), taken and answered; None when none waits.
 
-    One that steers comes before those that were sent earlier. The caller remembers it in the same transaction.
+    One that steers comes before those that were sent earlier. The caller remembers it in the same transaction. What
+    was to be cancelled for it, or by commands before it, is over: they are answered, and do not end its own turn.
     """
     return await (
         await connection.execute(
-            "UPDATE commands SET delivered_at = clock_timestamp(), answered_at = clock_timestamp(),"
+            "WITH taken AS (UPDATE commands SET delivered_at = clock_timestamp(), answered_at = clock_timestamp(),"
             " generation = %(generation)s, result = '{\"queued\": true}'"
             " WHERE run_id = %(run)s AND seq = (SELECT seq FROM commands WHERE run_id = %(run)s"
             "   AND method = 'user_message' AND delivered_at IS NULL"
             "   ORDER BY (params ->> 'steer') IS NULL, seq LIMIT 1)"
-            " RETURNING params",
+            " RETURNING seq, params"
+            "), done AS (UPDATE commands SET delivered_at = clock_timestamp(), answered_at = clock_timestamp(),"
+            " generation = %(generation)s, result = '{\"cancelled\": true}'"
+            # A message that steers is followed by its own cancel (service.py).
+            " WHERE run_id = %(run)s AND method = 'cancel' AND delivered_at IS NULL"
+            " AND seq <= (SELECT seq + (params ? 'steer')::int FROM taken)"
+            " RETURNING pg_notify('taskyard', 'r:' || run_id::text)"
+            ") SELECT taken.params, (SELECT count(*) FROM done) FROM taken",
             {"run": lease.run_id, "generation": lease.generation},
         )
     ).fetchone()

@@ -237,7 +237,9 @@ class PreparingRun(ConversingRun):
     async def _catch_up(self, keeper: Keeper, work: Work) -> None:
         """What was pushed after the checkpoint was made would be lost when the next work is pushed."""
         try:
-            commit = await work.catch_up(pushed_before(keeper.newest))
+            newest = keeper.newest
+            fresh = newest is None or "workspace" not in newest.parts
+            commit = await work.catch_up(pushed_before(newest), fresh=fresh)
         except SnapshotError as error:
             raise RunFailure("resume_failed", error.detail) from error
         if commit is not None:

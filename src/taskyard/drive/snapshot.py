@@ -137,7 +137,8 @@ async def bring_workspace(
         raise SnapshotError(f"The workspace could not be brought back: {reason}")
 
 
-# $1 = path, $2 = commit, $3 = mirror. Exit status NOTHING: HEAD is not one of the commits that it builds on.
+# $1 = path, $2 = commit, $3 = mirror, $4 = "fresh" for a clone in which nobody worked: it may be left behind.
+# Exit status NOTHING: HEAD is the commit, or is not one of those that it builds on.
 # What changed from HEAD to it is as it is there, whatever the files were like; all others stay.
 _FORWARD = (
     _FETCH
@@ -145,15 +146,20 @@ _FORWARD = (
 cd -- "$1" && from_mirror "$3" "$2" || exit
 head=$(git rev-parse --quiet --verify HEAD)
 [ "$head" != "$2" ] || exit {NOTHING}
-[ -z "$head" ] || git merge-base --is-ancestor "$head" "$2" || exit {NOTHING}
+[ "$4" = fresh ] || [ -z "$head" ] || git merge-base --is-ancestor "$head" "$2" || exit {NOTHING}
 git read-tree --reset -u ${{head:+"$head"}} "$2" && git update-ref HEAD "$2"
 """
 )
 
 
-async def bring_forward(sandbox: Sandbox, workspace: Workspace, commit: str, mirror: Mirror) -> bool:
-    """Bring a workspace to a commit that builds on its HEAD; False when that does not. Raises SnapshotError."""
-    argv = script(_FORWARD, workspace.path, commit, MIRROR_INSIDE)
+async def bring_forward(
+    sandbox: Sandbox, workspace: Workspace, commit: str, mirror: Mirror, *, fresh: bool = False
+) -> bool:
+    """Bring a workspace to a commit that builds on its HEAD; False when that does not, or is it. Raises SnapshotError.
+
+    fresh: nobody worked in it, so what its HEAD is does not matter.
+    """
+    argv = script(_FORWARD, workspace.path, commit, MIRROR_INSIDE, "fresh" if fresh else "")
     code, _, reason = await run(
         sandbox, argv, timeout=TIMEOUT_S, env=bounded(workspace), mounts=(Mount(mirror.path, MIRROR_INSIDE),)
     )

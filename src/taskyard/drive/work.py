@@ -89,10 +89,11 @@ class Work:
         """The commit that the run pushed last, or was about to push."""
         return self._row["pushed"][-1] if self._row["pushed"] else None
 
-    async def catch_up(self, known: str | None) -> str | None:
+    async def catch_up(self, known: str | None, *, fresh: bool) -> str | None:
         """Go on from what the run has published and its checkpoint lacks; the commit, None when there is nothing.
 
-        known: the newest push when the checkpoint was made. What the agent took back after that stays so. Commits of
+        known: the newest push when the checkpoint was made. What the agent took back after that stays so. fresh: the
+        checkpoint has no work, so the workspace is a new clone of the base branch, which may have moved on. Commits of
         others on the run's branch are not taken: publishing tells of them. Raises SnapshotError.
         """
         if self.workspace is None or self.mirror is None:
@@ -103,7 +104,9 @@ class Work:
                 commit is not None
                 and commit != known
                 and commit in {self._published, *self._pushed}
-                and await snapshot.bring_forward(self._sandbox, self.workspace, commit, self.mirror)
+                and await snapshot.bring_forward(
+                    self._sandbox, self.workspace, commit, self.mirror, fresh=fresh
+                )
             ):
                 return commit
         return None
