@@ -311,6 +311,18 @@ async def test_nothing_is_left_of_readers_that_leave(database: Database, tails: 
     assert hub._calls == {}
 
 
+async def test_a_place_that_is_not_there_yet(
+    database: Database, tails: Tails, record: Counting, readers: list[Reader]
+) -> None:
+    run_id = await make_run(database)
+    readers.append(Reader(tails, run_id, after=2))
+    await eventually(lambda: _value(record.reads), lambda reads: reads > 0, str)
+    for text in "abc":
+        await append(database, run_id, text)
+    await readers[0].has(1)
+    assert readers[0].texts == ["c"]
+
+
 async def test_a_process_that_stops_ends_what_is_followed(database: Database, tails: Tails) -> None:
     run_id = await make_run(database)
     await append(database, run_id, "one")

@@ -58,7 +58,8 @@ class Record:
                     if found := [_stored(item) for item in block if item.shown & Shown.STREAM.value]:
                         return Next(found, block[-1].seq, over=False, ending=False)
             return Next([], last, over=page.over and last == page.newest, ending=False)
-        last = page.items[-1].seq if page.more else page.newest
+        # Whoever names a number that does not exist yet gets what comes behind it, and nothing before.
+        last = page.items[-1].seq if page.more else max(page.newest, after)
         return Next(page.items, last, page.over and not page.more, ending=page.ended and page.held)
 
     async def pages(
