@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -22,7 +23,7 @@ from tests.support import attacks
 from tests.support.attacks import HELD
 from tests.support.docker import docker_settings
 from tests.support.repositories import make_repository, run_git
-from tests.support.sandboxes import gone, processes_with
+from tests.support.sandboxes import BOMB, gone, processes_with
 from tests.support.yard import Json, Yard, eventually, of_method, ok, open_yard, updates
 
 CANARY = ("c4n4ry-5ea1ed", "-8b1d-e2e")
@@ -178,19 +179,12 @@ async def _running() -> list[int]:
     return processes_with(NAP)
 
 
-# It stays: what cannot be forked now is tried again.
-BOMB = (
-    """python3 -c 'import os, time; exec("while 1:\\n try: os.fork()\\n except OSError: time.sleep(0.05)")'"""
-    " 86398.5"
-)
-
-
 async def test_a_fork_bomb_does_not_reach_the_neighbour(live: Yard) -> None:
     """Attack 8."""
     api = live.api()
     neighbour = await api.start("SAY ready", mode="interactive", **SCRIPTED)
     await neighbour.turns(1)
-    bomb = await api.start(f"SHELL {BOMB}", **SCRIPTED)
+    bomb = await api.start(f"SHELL python3 -c {shlex.quote(f'exec({BOMB!r})')} 86398.5", **SCRIPTED)
     await eventually(lambda: _count("86398.5"), lambda n: n > 100, lambda n: f"bomb, {n} processes")
     began = time.monotonic()
     await neighbour.command("user_message", content="SHELL echo $((6*7))\nSAY fine")

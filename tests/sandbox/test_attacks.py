@@ -16,7 +16,7 @@ from taskyard.sandbox import cgroups
 from taskyard.sandbox.docker import DockerProvider
 from taskyard.sandbox.docker_config import labels
 from taskyard.sandbox.provider import Limits, Sandbox
-from tests.support.sandboxes import AnyHut, Done, first_line, open_hut, run, shell
+from tests.support.sandboxes import BOMB, AnyHut, Done, first_line, open_hut, run, shell
 
 CANARY = "c4n4ry-5ea1ed-8b1d"
 
@@ -304,18 +304,6 @@ print(open("/proc/self/status").read())
 
 
 # Limits
-
-
-# It stays: what cannot be forked now is tried again.
-BOMB = """
-import os, time
-print("ready", flush=True)
-while True:
-    try:
-        os.fork()
-    except OSError:
-        time.sleep(0.05)
-"""
 
 
 @needs_limits

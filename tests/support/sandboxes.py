@@ -134,6 +134,18 @@ async def first_line(process: Process) -> str:
         return (await process.stdout.readline()).decode().strip()
 
 
+BOMB = """
+import os, time
+print("ready", flush=True)
+while True:
+    try:
+        os.fork()
+    except OSError:
+        time.sleep(0.05)
+"""
+"""Python that says `ready` and makes all processes that it may. It stays: what cannot be forked now is tried again."""
+
+
 def processes_with(word: str) -> list[int]:
     """Host processes with this word in their command line."""
     found = []

@@ -150,14 +150,15 @@ class CallExchange(Exchange):
         if self._tab is None:
             return
         self._policy.read_ahead.bytes -= self._held
+        if not self._went_out:
+            self._policy.budget.close(self._tab, Tokens(), None)
+            return
         self._meter.finish()
         # Vendors charge for a call although nobody waited for its answer.
-        charged = self._went_out and (200 <= status < 300 or status == CLIENT_GONE)
+        charged = 200 <= status < 300 or status == CLIENT_GONE
         tokens = self._meter.total(self._sent if charged else 0)
         cost = self._cost(tokens)
         self._policy.budget.close(self._tab, tokens, cost)
-        if not self._went_out:
-            return
         self._on_call(
             ModelCall(
                 provider=self._admitted.provider,

@@ -213,6 +213,8 @@ async def _to_handshake(reader: asyncio.StreamReader, data: bytes) -> tuple[byte
 
 async def _pass_on(writer: asyncio.StreamWriter, data: bytes, traffic: Traffic) -> None:
     traffic.add(len(data))
+    if traffic.exceeded or writer.is_closing():
+        raise ConnectionAbortedError
     writer.write(data)
     await writer.drain()
 
@@ -237,11 +239,7 @@ async def pump(
         while True:
             if data:
                 moved = loop.time()
-                traffic.add(len(data))
-                if traffic.exceeded or writer.is_closing():
-                    raise ConnectionAbortedError
-                writer.write(data)
-                await writer.drain()
+                await _pass_on(writer, data, traffic)
             data = await reader.read(_CHUNK)
             if not data:
                 break
