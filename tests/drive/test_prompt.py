@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from taskyard.drive.prompt import BLOCKS, content_blocks, first_prompt, pending_artifacts
+from taskyard.drive.prompt import (
+    BLOCKS,
+    content_blocks,
+    continuation,
+    first_prompt,
+    pending_artifacts,
+    with_history,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +57,19 @@ def test_blocks_pass_through() -> None:
 @pytest.mark.parametrize("rest", ["", "{", "[]", '{"blocks": []}', '{"blocks": "x"}', '{"blocks": [1]}'])
 def test_broken_blocks_are_text(rest: str) -> None:
     assert content_blocks(BLOCKS + rest) == [{"type": "text", "text": BLOCKS + rest}]
+
+
+def test_an_interrupted_message_comes_again_as_it_was() -> None:
+    """A text is quoted, since its work has begun; blocks stay blocks, so that a picture is one."""
+    [told] = continuation("Do this\nand that")
+    assert told["text"].endswith("The message was:\n\n    Do this\n    and that")
+    blocks = [{"type": "text", "text": "a"}, {"type": "image", "data": "x"}]
+    [told, *rest] = continuation(BLOCKS + json.dumps({"blocks": blocks}))
+    assert told["text"].endswith("The message follows.")
+    assert rest == blocks
+
+
+def test_history_goes_before() -> None:
+    before, *rest = with_history("User: one\nYou: two", [{"type": "image", "data": "x"}])
+    assert "\n\n    User: one\n    You: two\n\nWhat follows is new." in before["text"]
+    assert rest == [{"type": "image", "data": "x"}]

@@ -128,7 +128,7 @@ async def test_a_killed_worker_leaves_a_sandbox_that_the_next_goes_on_with(
                 bool,
                 lambda _: "checkpoint",
             )
-            await eventually(run.stream_text, lambda found: "touch" in found, lambda found: found[-2000:])
+            await run.shown("touch")
             first.send_signal(signal.SIGKILL)
             first.wait(60)
             stack.enter_context(running_worker_process(worker_folder, **env))
@@ -159,7 +159,7 @@ class TestEngine:
     ) -> None:
         text = "WRITE first.txt one\nSLEEP 4\nWRITE second.txt two\nSAY Done."
         run = await live.api().start(text, repository=repository, **SCRIPTED)
-        await eventually(run.stream_text, lambda found: "first.txt" in found, lambda found: found[-2000:])
+        await run.shown("first.txt")
         docker_keeper.end_engine(own_docker_folder)
         docker_keeper.start(own_docker_folder)
         body = await run.status("completed", "failed")

@@ -26,7 +26,7 @@ from tests.conftest import make_settings
 from tests.support.acp_agents import PRELUDE
 from tests.support.processes import agents_of, kill_agent
 from tests.support.repositories import run_git
-from tests.support.yard import Yard, eventually, of_method, open_yard, said
+from tests.support.yard import Yard, of_method, open_yard, said
 
 SCRIPTED = {"agent": "scripted"}
 
@@ -122,7 +122,7 @@ async def test_what_a_lost_agent_did_is_published_when_the_next_one_does_not_sta
     monkeypatch.setattr(PreparingRun, "_make_agent", failing_again)
     text = "WRITE a.txt one\nCOMMIT first\nWRITE b.txt two\nSLEEP 60"
     run = await live.api().start(text, repository=repository, **SCRIPTED)
-    await eventually(run.stream_text, lambda text: "Write b.txt" in text, lambda text: f"edit in {text}")
+    await run.shown("Write b.txt")
     await kill_agent(run)
     body = await run.status("failed", "completed")
     assert (body["state"]["error_type"], body["error_message"]) == ("agent_start_failed", "it does not start")
@@ -238,7 +238,7 @@ class TestHangingAgent:
     async def test_a_command_that_is_not_answered(self, live: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(watch, "OBEY_S", 1.0)
         run = await live.api().start("SAY before\nHANG", **SCRIPTED)
-        await eventually(run.stream_text, lambda text: "before" in text, lambda text: f"'before' in {text}")
+        await run.shown("before")
         answer = await run.command("set_config_option", configId="mode", value="plan")
         assert answer["error"]["message"] == "the agent did not answer within 1 seconds"
         assert (await run.status("failed"))["state"]["error_type"] == "agent_silent"

@@ -63,7 +63,7 @@ async def test_a_run_outlives_its_pod(live: Yard, repository: str, cluster: Kube
     run = await live.api().start("WRITE a.txt one", repository=repository, mode="interactive", **SCRIPTED)
     await run.turns(1)
     await run.command("user_message", content="SAY before\nSLEEP 60")
-    await eventually(run.stream_text, lambda text: "before" in text, lambda text: f"'before' in {text}")
+    await run.shown("before")
     [first] = cluster.pods
     uid = cluster.pods[first].object["metadata"]["uid"]
     await cluster.evict(first, "The node was low on resource: memory.")

@@ -29,14 +29,10 @@ SCRIPTED = {"agent": "scripted"}
 LOST = psycopg.OperationalError("the connection was lost")
 
 
-async def streamed(run: Run, text: str) -> None:
-    await eventually(run.stream_text, lambda found: text in found, lambda found: f"{text} in {found}")
-
-
 async def test_a_run_and_its_worker_survive_an_outage(live: Yard, database: Database) -> None:
     # Long enough after it for a worker that gave up to have aborted the run.
     run = await live.api().start("SAY before\nSLEEP 16\nSAY after", **SCRIPTED)
-    await streamed(run, "before")
+    await run.shown("before")
     await outage(database, 4)
     # The first request may meet a connection that is gone; the others do not.
     answers = [(await live.api().get("tasks/")).status_code for _ in range(10)]
@@ -99,7 +95,7 @@ async def test_a_worker_that_is_cut_off_stops_its_agent(
     await mine.open()
     async with worker.running_worker(settings, mine):
         run = await yard.api().start("SAY before\nSLEEP 60", mode="interactive", **SCRIPTED)
-        await streamed(run, "before")
+        await run.shown("before")
         mine.away = True
 
         async def agents() -> list[int]:

@@ -34,10 +34,6 @@ def sandboxes(settings: Settings) -> list[Path]:
     return list((settings.data_dir / "sandboxes").iterdir())
 
 
-async def streamed(run: Run, text: str) -> None:
-    await eventually(run.stream_text, lambda found: text in found, lambda found: f"{text} in {found[-3000:]}")
-
-
 async def completed(run: Run) -> dict[str, Any]:
     body = await run.status("completed", "failed")
     assert (body["status"], body["error_message"]) == ("completed", None)
@@ -71,7 +67,7 @@ class TestLostAgent:
     ) -> None:
         text = "SAY one\nWRITE a.txt one\nCOMMIT first\nWRITE b.txt two\nSLEEP 3\nSAY two"
         run = await live.api().start(text, repository=repository, **SCRIPTED)
-        await streamed(run, "Write b.txt")
+        await run.shown("Write b.txt")
         await kill_agent(run)
         body = await completed(run)
         log = await run.log()
@@ -129,7 +125,7 @@ class TestAnotherWorker:
         text = "WRITE a.txt one\nCOMMIT first\nWRITE b.txt two\nSHELL echo x > ignored.log\nSLEEP 2\nSAY done"
         async with running_worker(settings, database):
             run = await yard.api().start(text, repository=name, **SCRIPTED)
-            await streamed(run, "ignored.log")
+            await run.shown("ignored.log")
         assert (await run.fetch())["status"] == "in_progress"
         assert agents_of(run.id) == []
         async with running_worker(settings if where == "here" else elsewhere, database):
@@ -149,7 +145,7 @@ class TestAnotherWorker:
     ) -> None:
         async with running_worker(settings, database):
             run = await yard.api().start("SAY one\nSLEEP 60\nSAY two", mode="interactive", **SCRIPTED)
-            await streamed(run, "one")
+            await run.shown("one")
         cancel = asyncio.create_task(run.command("cancel"))
         await eventually(lambda: database.fetch("SELECT 1 FROM commands"), bool, lambda _: "command")
         async with running_worker(settings, database):
@@ -229,7 +225,7 @@ class TestAnotherWorker:
         monkeypatch.setattr(dispatch, "SWEEP_S", 0.3)
         async with running_worker(settings, database):
             run = await yard.api().start("WRITE a.txt one\nSLEEP 2\nSHELL cat a.txt\nSAY done", **SCRIPTED)
-            await streamed(run, "Write a.txt")
+            await run.shown("Write a.txt")
             await eventually(
                 lambda: database.fetch("SELECT 1 FROM checkpoints WHERE parts ? 'session'"),
                 bool,
@@ -394,7 +390,7 @@ class TestSleep:
 
     async def test_a_steering_message_comes_first(self, live: Yard) -> None:
         run = await live.api().start("SAY one\nSLEEP 60", mode="interactive", **SCRIPTED)
-        await streamed(run, "one")
+        await run.shown("one")
         await run.command("user_message", content="SAY three")
         assert (await run.command("steer", content="SAY two"))["result"] == {"queued": True}
         log = await run.turns(3)
@@ -440,9 +436,9 @@ class TestContinuation:
         second = await self.resumed(live, first, "SHELL cat a.txt\nSAY two", agent="other")
         await completed(second)
         assert '"output": "one"' in await second.stream_text()
-        prompt = of_method(await second.log(), "session/prompt")[-1]["prompt"][0]["text"]
-        assert "    You: remember the sea" in prompt
-        assert prompt.endswith("SHELL cat a.txt\nSAY two")
+        before, told = of_method(await second.log(), "session/prompt")[-1]["prompt"]
+        assert "    You: remember the sea" in before["text"]
+        assert told["text"] == "SHELL cat a.txt\nSAY two"
 
     @pytest.fixture
     def settings(self, tmp_path: Path, database_url: str) -> Settings:

@@ -150,7 +150,7 @@ async def test_permission_is_given_when_nobody_is_there(live: Yard) -> None:
 
 async def test_cancel_of_the_run(live: Yard, shop: Path, repository: str) -> None:
     run = await live.api().start("WRITE x y\nSAY working\nSHELL sleep 60", repository=repository, **SCRIPTED)
-    await run.logged("sleep 60")
+    await run.shown("sleep 60")
     body = await run.cancel()
     assert body["status"] == "cancelled"
     events = await run.stream()
@@ -163,7 +163,7 @@ async def test_cancel_of_the_run(live: Yard, shop: Path, repository: str) -> Non
 async def test_cancel_of_the_turn(live: Yard) -> None:
     run = await live.api().start("SAY before\nSLEEP 60\nSAY never", mode="interactive", **SCRIPTED)
     await run.logged("session/prompt")
-    await eventually(run.stream_text, lambda text: "before" in text, lambda text: f"'before' in {text}")
+    await run.shown("before")
     assert (await run.command("cancel"))["result"] == {"cancelled": True}
     log = await run.turns(1)
     assert of_method(log, "_posthog/turn_complete")[0]["stopReason"] == "cancelled"

@@ -124,7 +124,7 @@ async def test_a_turn_that_breaks_after_the_result(live: Yard, shop: Path, repos
 
 async def test_a_turn_that_is_cancelled_after_the_result(live: Yard) -> None:
     run = await start(live, 'SUBMIT {"answer": 7}\nSAY given\nSLEEP 60', ANSWER, mode="interactive")
-    await run.logged("given")
+    await run.shown("given")
     assert (await run.fetch())["status"] == "in_progress"
     assert (await run.command("steer", content="SAY and more"))["result"] == {"queued": True}
     log = await run.turns(2)
@@ -222,7 +222,7 @@ class TestAnotherWorker:
     ) -> None:
         async with running_worker(settings, database):
             run = await start(yard, 'SUBMIT {"answer": 7}\nSAY given\nSLEEP 5\nSAY end', ANSWER)
-            await run.logged("given")
+            await run.shown("given")
         body = await run.fetch()
         assert (body["status"], body["output"]) == ("in_progress", None)
         async with running_worker(settings, database):

@@ -97,9 +97,7 @@ async def test_a_killed_worker(
     name = ok(await yard.api().post("repositories/", {"origin": str(shop)}), 201)["name"]
     first = crew.start("first")
     run = await yard.api().start(PROMPTS[agent], repository=name, **MODELS[agent])
-    await eventually(
-        run.stream_text, lambda text: "first.txt" in text, lambda text: f"edit in {text[-2000:]}"
-    )
+    await run.shown("first.txt")
     # Agents write their sessions a moment after they tell of what they do.
     [now] = await database.fetch("SELECT clock_timestamp() AS at")
     await eventually(
@@ -137,7 +135,7 @@ async def test_a_message_half_told_is_in_the_log(yard: Yard, crew: Crew) -> None
     first = crew.start("first")
     text = "WRITE a.txt a\nSAY Half told.\nSLEEP 6\nSAY All done."
     run = await yard.api().start(text, mode="interactive", **MODELS["scripted"])
-    await eventually(run.stream_text, lambda text: "told." in text, lambda text: f"message in {text[-2000:]}")
+    await run.shown("told.")
     assert "Half told." not in said(await run.log())
     first.send_signal(signal.SIGKILL)
     first.wait(60)
@@ -200,9 +198,7 @@ async def test_a_worker_killed_before_the_first_checkpoint_of_a_resumed_run(
     body = {"resume_from_run_id": one.id, "pending_user_message": "SAY begun\nSLEEP 60", **MODELS["scripted"]}
     task = ok(await yard.api().post(f"tasks/{one.task_id}/run/", {**body, "mode": "interactive"}))
     two = Run(yard.api(), one.task_id, task["latest_run"]["id"])
-    await eventually(
-        two.stream_text, lambda text: "begun" in text, lambda text: f"a message in {text[-2000:]}"
-    )
+    await two.shown("begun")
     first.send_signal(signal.SIGKILL)
     first.wait(60)
     crew.start("second", **late)

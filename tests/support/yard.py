@@ -114,6 +114,22 @@ class Run:
             lambda log: f"{count} turns; the log ends {log[-3:]}",
         )
 
+    async def shown(self, text: str) -> list[Json]:
+        """Wait until what the agent says and does on the stream has the text; what it was asked does not count."""
+
+        async def updates() -> list[Json]:
+            events = [json.loads(line) for line in (await self.stream_text()).splitlines()]
+            found = [
+                event["notification"]["params"].get("update", {})
+                for event in events
+                if event.get("notification", {}).get("method") == "session/update"
+            ]
+            return [update for update in found if "user" not in str(update.get("sessionUpdate"))]
+
+        return await eventually(
+            updates, lambda found: text in json.dumps(found), lambda found: f"{text!r} in {found[-5:]}"
+        )
+
     async def stream_text(self) -> str:
         """What is on the stream by now, as text: for waiting; the record itself is asked."""
         rows = await self.api.database.fetch(

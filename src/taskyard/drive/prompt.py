@@ -46,6 +46,10 @@ def pending_artifacts(
     )
 
 
+def text_block(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
 def content_blocks(text: str) -> list[dict[str, Any]]:
     """ACP content blocks of a prompt text."""
     if text.startswith(BLOCKS):
@@ -55,7 +59,7 @@ def content_blocks(text: str) -> list[dict[str, Any]]:
             blocks = None
         if isinstance(blocks, list) and blocks and all(isinstance(block, dict) for block in blocks):
             return blocks
-    return [{"type": "text", "text": text}]
+    return [text_block(text)]
 
 
 INTERRUPTED = (
@@ -65,14 +69,16 @@ INTERRUPTED = (
 HISTORY = "This is what was said before in this task, by the user and by you; the newest is at the end:"
 
 
-def continuation(text: str) -> str:
-    """What an agent is told whose turn was interrupted. The message is quoted: it may not have been read."""
-    return f"{INTERRUPTED} The message was:\n\n{quoted(text)}"
+def continuation(text: str) -> list[dict[str, Any]]:
+    """What an agent is told whose turn was interrupted. It gets the message again: it may not have read it."""
+    if text.startswith(BLOCKS):  # with pictures, perhaps
+        return [text_block(f"{INTERRUPTED} The message follows."), *content_blocks(text)]
+    return [text_block(f"{INTERRUPTED} The message was:\n\n{quoted(text)}")]
 
 
-def with_history(history: str, text: str) -> str:
+def with_history(history: str, blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A prompt for an agent that does not know the conversation so far."""
-    return f"{HISTORY}\n\n{quoted(history)}\n\nWhat follows is new.\n\n{text}" if history else text
+    return [text_block(f"{HISTORY}\n\n{quoted(history)}\n\nWhat follows is new."), *blocks]
 
 
 def quoted(text: str) -> str:

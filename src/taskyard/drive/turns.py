@@ -26,6 +26,7 @@ from taskyard.drive.prompt import (
     continuation,
     first_prompt,
     pending_artifacts,
+    text_block,
     with_history,
 )
 from taskyard.drive.result import HINT, problem_of
@@ -174,12 +175,13 @@ class ConversingRun(WatchedRun):
 
     async def _blocks(self, agent: AgentSession, turn: Turn, *, again: bool) -> list[Json]:
         """What the agent is told: the message; more for an agent that goes on with a turn, or knows nothing of it."""
-        text = continuation(turn.text) if again else turn.text
+        blocks = continuation(turn.text) if again else content_blocks(turn.text)
         known = agent.loaded or agent.prompted
         history = "" if known else await self._history(turn, again=again)
-        blocks = [_text(with_history(history, text))] if history else content_blocks(text)
+        if history:
+            blocks = with_history(history, blocks)
         if agent.takes_tools and not agent.prompted:
-            blocks = [*blocks, _text(HINT)]
+            blocks = [*blocks, text_block(HINT)]
         return blocks
 
     async def _history(self, turn: Turn, *, again: bool) -> str:
@@ -380,10 +382,6 @@ class ConversingRun(WatchedRun):
     async def _time_out(self) -> None:
         if await self._end_of_work(error_message=INACTIVE, state={"timed_out_inactivity": True}):
             raise Ended
-
-
-def _text(text: str) -> Json:
-    return {"type": "text", "text": text}
 
 
 def _problem(result: PromptResult) -> str | None:
