@@ -10,6 +10,7 @@ import pytest
 
 from taskyard import dispatch
 from taskyard.db.engine import Database
+from taskyard.drive.checkpoint import Keeper
 from taskyard.drive.session import AgentSession
 from taskyard.drive.setup import PreparingRun
 from taskyard.runs import store as runs
@@ -139,6 +140,36 @@ class TestAnotherWorker:
         for folder in (settings, elsewhere):
             if (folder.data_dir / "sandboxes").exists() and (folder is settings) == (where == "here"):
                 assert sandboxes(folder) == []
+
+    async def test_a_sandbox_that_was_not_filled_whole_is_not_used(
+        self,
+        yard: Yard,
+        settings: Settings,
+        elsewhere: Settings,
+        shop: Path,
+        database: Database,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Its worker was stopped between the clone and the files that were not committed."""
+        name = ok(await yard.api().post("repositories/", {"origin": str(shop)}), 201)["name"]
+        text = "WRITE a.txt one\nSHELL true\nSLEEP 2\nSHELL cat a.txt\nSAY done"
+        async with running_worker(elsewhere, database):
+            run = await yard.api().start(text, repository=name, **SCRIPTED)
+            await run.shown("true")
+        filling = asyncio.Event()
+
+        async def no_end(*_: Any) -> None:
+            filling.set()
+            await asyncio.Event().wait()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Keeper, "bring_workspace", no_end)
+            async with running_worker(settings, database):
+                await asyncio.wait_for(filling.wait(), DEADLINE_S)
+        assert len(sandboxes(settings)) == 1
+        async with running_worker(settings, database):
+            await completed(run)
+        assert '"output": "one"' in await run.stream_text()
 
     async def test_a_cancel_between_two_workers_ends_the_turn(
         self, yard: Yard, settings: Settings, database: Database

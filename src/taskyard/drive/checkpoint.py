@@ -2,7 +2,8 @@
 
 It has two parts, each an object in object storage: the workspace (a git bundle of all branches and of the
 uncommitted files; without a repository an archive) and the agent's session files. A part is written anew only
-when it has changed. With them goes what the workspace was made from, and what the run had pushed by then.
+when it has changed. With them goes what the workspace was made from, what the run had pushed by then, and which sandbox
+was made whole for it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ log = structlog.get_logger()
 Json = dict[str, Any]
 
 FOLDER = "checkpoints"
+WHOLE = "sandbox"
+"""The part that names the sandbox where everything is, for a worker that finds it."""
 
 
 class Keeper:
@@ -71,9 +74,12 @@ class Keeper:
                 return False
         return True
 
-    async def note(self, agent: str, session_id: str | None, workspace: Workspace | None) -> None:
-        """Remember what the workspace was made from and which session is open, before there is anything to keep."""
+    async def note(
+        self, agent: str, session_id: str | None, workspace: Workspace | None, place: str, sandbox: Sandbox
+    ) -> None:
+        """Remember what the workspace was made from, which session is open, and that this sandbox is whole."""
         parts = dict(self.newest.parts) if self.newest else {}
+        parts[WHOLE] = {"place": place, "id": sandbox.id}
         if workspace is not None:
             parts["base"] = {
                 "path": workspace.path,
@@ -81,6 +87,16 @@ class Keeper:
                 "commit": workspace.base_commit,
             }
         await self._write(Checkpoint(agent, session_id, parts), [], progress=False)
+
+    def is_whole(self, place: str, sandbox_id: str) -> bool:
+        """Whether a sandbox of this data folder had everything, and no other one was begun since."""
+        return self.newest is not None and self.newest.parts.get(WHOLE) == {"place": place, "id": sandbox_id}
+
+    async def begin_anew(self) -> None:
+        """Another sandbox is begun: until it is whole, none is. Raises LeaseLostError."""
+        if self.newest is not None and WHOLE in self.newest.parts:
+            parts = {name: part for name, part in self.newest.parts.items() if name != WHOLE}
+            await self._write(Checkpoint(self.newest.agent, self.newest.session_id, parts), [], progress=False)
 
     async def _save(
         self, sandbox: Sandbox, work: Work, adapter: Adapter, session_id: str | None, *, progress: bool

@@ -88,7 +88,7 @@ class PreparingRun(ConversingRun):
         )
         label = "Setting up sandbox" if not self._resumed else "Setting up sandbox again"
         async with self._step("sandbox", label, "sandbox_failed"):
-            here = await self._attend(self._find_sandbox(own))
+            here = await self._attend(self._find_sandbox())
         assert self._sandbox is not None
         # No agent was in it yet: all that is there comes from the mirror, and from the base branch.
         fresh = not here and kept is None and not self._resumed and not self._row["pushed"]
@@ -158,10 +158,12 @@ class PreparingRun(ConversingRun):
     # What is made is kept by what makes it, not by who waits for it: an end of the run may come at the same
     # moment, and what nobody knows of is never freed.
 
-    async def _find_sandbox(self, own: Checkpoint | None) -> bool:
-        """The sandbox of the earlier worker, when that was here (True); else a new one."""
+    async def _find_sandbox(self) -> bool:
+        """The sandbox of the earlier worker, when that was here and had made it whole (True); else a new one."""
         if self._sandbox is not None:
             return self._was_set_up  # only its agent was lost
+        keeper = self._keeper
+        assert keeper is not None
         provider = self.parts.provider
         spec = self._spec(self.run_id)
         try:
@@ -169,11 +171,15 @@ class PreparingRun(ConversingRun):
         except SandboxError as error:
             # A worker on this machine is stopped, or not gone yet; it can do no harm, it has lost the run.
             log.info("the folder of a run is in use, taking another", run=self.run_id, reason=error.detail)
+            await self._patiently(keeper.begin_anew)
             self._sandbox = await provider.create(self._spec(f"{self.run_id}.{self.lease.generation}"))
             return False
-        if left is not None and own is not None and self.claimed.place == self.parts.place:
+        # Who took the run in between may have gone on elsewhere, or have died while it filled this one.
+        place = self.parts.place
+        if left is not None and self.claimed.place == place and keeper.is_whole(place, left.id):
             self._sandbox = left
             return True
+        await self._patiently(keeper.begin_anew)
         if left is not None:
             await left.destroy()
         self._sandbox = await provider.create(spec)
@@ -204,6 +210,7 @@ class PreparingRun(ConversingRun):
                     await work.use_again(left)
             except (WorkspaceError, SandboxError) as error:
                 log.warning("a sandbox cannot be used again", run=self.run_id, reason=error.detail)
+                await self._patiently(keeper.begin_anew)
                 await sandbox.destroy()
                 self._sandbox = sandbox = await self.parts.provider.create(self._spec(sandbox.id))
                 self._work = work = self._new_work(sandbox)
@@ -341,7 +348,11 @@ class PreparingRun(ConversingRun):
         assert self._keeper is not None
         assert self._agent is not None
         assert self._work is not None
-        await self._keeper.note(self._agent.adapter.name, self._agent.session_id, self._work.workspace)
+        assert self._sandbox is not None
+        agent, place = self._agent, self.parts.place
+        await self._keeper.note(
+            agent.adapter.name, agent.session_id, self._work.workspace, place, self._sandbox
+        )
 
     async def _leave_if_full(self, said: str) -> None:
         """A full disk is the worker's trouble: the run goes back into the queue, a few times. Raises Leave."""

@@ -172,14 +172,14 @@ async def forget_checkpoint(connection: Connection, run_id: UUID) -> None:
 
 
 async def suspend(connection: Connection, lease: Lease, due_s: float) -> None:
-    """From now on nothing drives the run, until a command comes or `due_s` seconds are over.
+    """From now on nothing drives the run, until a command comes or `due_s` seconds are over; its sandbox goes.
 
     Raises LeaseLostError.
     """
     await _held(
         connection,
         lease,
-        "UPDATE run_cursors SET suspended_at = clock_timestamp(),"
+        "UPDATE run_cursors SET suspended_at = clock_timestamp(), place = NULL,"
         " due_at = clock_timestamp() + make_interval(secs => %(due)s)"
         " WHERE run_id = %(run)s AND generation = %(generation)s RETURNING 1",
         due=due_s,
