@@ -294,9 +294,9 @@ def test_sums() -> None:
     for tab.tokens, tab.cost in ((0, 0.0), (899, 0.4), (900, 0.4)):
         said.append(budget.exceeded)
     # What it used in the end counts, not what it seemed to use; what comes from a cache is not a budget's.
-    budget.close(tab, Tokens(100, 100, 5000, 100), 0.2)
+    budget.close(tab, Tokens(100, 100, 5000, 100).counted, 0.2)
     said.append(budget.exceeded)
-    budget.close(budget.open(), Tokens(), 0.3)
+    budget.close(budget.open(), 0, 0.3)
     said.append(budget.exceeded)
     assert said == [
         None,
@@ -311,7 +311,7 @@ def test_a_month() -> None:
     # 0.4 of the 9.5 are this run's own.
     budget = Budget(project_month_cost=10.0, spent_month=9.5, spent_cost=0.4)
     assert (budget.limited, budget.in_dollars, budget.exceeded) == (True, True, None)
-    budget.close(budget.open(), Tokens(), 0.5)
+    budget.close(budget.open(), 0, 0.5)
     assert budget.exceeded is not None
     assert "the budget of $10.00 that this run's project has for a month" in budget.exceeded
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from taskyard.drive.traffic import routes
 from taskyard.gateway.budget import Budget
-from taskyard.gateway.calls import fields_of, model_of
 from taskyard.gateway.models import ModelRoute
 from taskyard.gateway.prices import Prices
+from taskyard.gateway.request_body import CONTENT, FALLBACKS, fields_of, models_of
 from taskyard.settings import ModelSettings, Settings, Upstream
 from tests.support.door import KEY, Door, Exchange, eventually, open_door, open_upstream
 
@@ -160,16 +160,100 @@ async def test_a_body_of_too_many_fields() -> None:
     assert "has more than 1000 fields" in said
 
 
+MAIN = '"model":"claude-a"'
+
+
+@pytest.mark.parametrize(
+    ("rest", "passes"),
+    [
+        ('"tools":[{"type":"advisor_20260301","name":"advisor","model":"%s"}]', True),
+        ('"tools":[{"type":"advisor_20260301","mod\\u0065l":"%s"}]', True),
+        ('"Tools":[{"Model":"%s"}]', True),
+        ('"tools":[{"type":"x:advisor","parameters":{"model":"%s"}}]', True),
+        ('"tools":[{"Type":"x:advisor","parameters":{"model":"%s"}}]', True),
+        ('"tools":[{"type":"function","Type":"x","parameters":{"model":"%s"}}]', True),
+        ('"advisor":{"model":"%s"}', True),
+        ('"plugins":[{"id":"x","deep":[[{"Model":"%s"}]]}]', True),
+        ('"tools":[{"type":"x","a":{"model":"%s","model":"claude-a"}}]', True),
+        # However good the names are.
+        ('"tools":[{"type":"x","model":"%s","model":"claude-a"}]', False),
+        ('"tools":[{"type":"x","type":"function","parameters":{"model":"%s"}}]', False),
+        ('"models":["%s"]', False),
+        ('"Fallbacks":[{"model":"%s"}]', False),
+        ('"context_window_fallbacks":[{"claude-a":["%s"]}]', False),
+        ('"advisor":{"model":"%s"},"tools":[{"model":7}]', False),
+        ('"tools":{"model":"%s"}', False),
+    ],
+)
+@pytest.mark.parametrize("target", [MESSAGES, "/openai/v1/chat/completions"])
+async def test_further_models(rest: str, passes: bool, target: str) -> None:
+    """Of tools that run at the vendor, and of routers: they are checked, or refused where they cannot be."""
+    async with answering() as (url, seen), open_door(url, allowed_models=[["claude-*"]]) as door:
+        good, bad = (f"{{{MAIN},{rest % name}}}".encode() for name in ("claude-b", "opus"))
+        assert (await message(door, good, target))[0] == (200 if passes else 400)
+        status, said = await message(door, bad, target)
+    assert (status, len(seen)) == (403 if passes else 400, int(passes))
+    if passes:
+        assert "may not use the model 'opus'" in said
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        '"tools":[{"name":"Task","input_schema":{"properties":{"model":{"enum":["opus"]}},"examples":[{"model":"opus"}]}}]',
+        '"tools":[{"type":"function","parameters":{"x":{"model":"opus"}}},{"type":"custom","a":{"model":"opus"}}]',
+        '"messages":[{"role":"user","content":[{"type":"tool_use","input":{"model":"opus"}}]}]',
+        '"response_format":{"json_schema":{"examples":[{"model":"opus"}]}}',
+        '"models":null,"fallbacks":[]',
+        '"tools":null,"metadata":{"model":"opus"},"note":"the \\"model\\" opus"',
+    ],
+)
+async def test_arguments_and_texts_name_no_model(rest: str) -> None:
+    async with answering() as (url, seen), open_door(url, allowed_models=[["claude-*"]]) as door:
+        body = f"{{{MAIN},{rest}}}".encode()
+        assert (await message(door, body))[0] == 200
+    assert json.loads(seen[0].body) == json.loads(body)
+
+
+async def test_a_further_model_needs_a_price() -> None:
+    prices = Prices({}).extended({"claude": {"input": 1, "output": 1}})
+    async with answering() as (url, seen), open_door(url, budget=Budget(cost=1.0), prices=prices) as door:
+        tool = {"type": "advisor_20260301", "name": "advisor", "model": "mystery"}
+        status, said = await message(door, json.dumps({"model": "claude-a", "tools": [tool]}).encode())
+    assert (status, seen) == (403, [])
+    assert "nobody has said what the model 'mystery' costs" in said
+
+
+OTHERS = {"model", *FALLBACKS, *CONTENT}
 SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text()
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 
 
-@given(st.dictionaries(st.text().filter(lambda name: name.casefold() != "model"), JSON), st.text())
+@given(st.dictionaries(st.text().filter(lambda name: name.casefold() not in OTHERS), JSON), st.text())
 def test_the_rest_of_the_body_stays(fields: dict[str, object], model: str) -> None:
     body = {**fields, "model": model}
     read = fields_of(json.dumps(body).encode())
-    assert model_of(read) == model
+    assert models_of(read)[0] == model
     assert json.loads(msgspec.json.encode(read)) == body
+
+
+NAMES = st.sampled_from(["model", "Model", "tools", "type", "parameters", "models", "function", "x"]) | st.text()
+NESTED = st.recursive(
+    SCALARS | st.just("opus"), lambda inner: st.lists(inner) | st.dictionaries(NAMES, inner), max_leaves=30
+)
+
+
+@given(st.dictionaries(NAMES, NESTED).map(lambda fields: {**fields, "model": "claude-a"}))
+def test_any_body_is_read_or_refused(body: dict[str, object]) -> None:
+    read = fields_of(json.dumps(body).encode())
+    try:
+        found = models_of(read)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert found[0] == "claude-a"
+        rest = {name: value for name, value in body.items() if name.casefold() not in OTHERS}
+        assert ("opus" in found[1:]) >= ('"model": "opus"' in json.dumps(rest))
 
 
 async def test_dollars_need_a_price() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.door import KEY, eventually, open_door
+from taskyard.gateway.budget import Budget
+from taskyard.gateway.prices import Prices
+from tests.support.door import KEY, Exchange, eventually, open_door, open_upstream
 from tests.support.model_endpoint import (
     ASIDE,
     CACHE_READ_TOKENS,
@@ -64,6 +66,32 @@ async def test_what_costs_nothing_is_not_a_call() -> None:
     assert len(endpoint.requests) == 3
     assert not door.calls
     assert door.gateway.usage.calls == 0
+
+
+async def test_an_advisor_is_paid_from_the_same_budget() -> None:
+    steps = [
+        {"type": "message", "input_tokens": 1, "output_tokens": 2},
+        {"type": "advisor_message", "model": "big", "input_tokens": 40, "output_tokens": 60},
+    ]
+    usage = {"input_tokens": 1, "output_tokens": 2, "iterations": steps}
+    answer = json.dumps({"type": "message", "model": "small", "usage": usage}).encode()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.answer(answer, headers="Content-Type: application/json\r\n")
+
+    prices = Prices({}).extended(
+        {name: {"input": cost, "output": cost} for name, cost in (("small", 1), ("big", 1000))}
+    )
+    tool = {"type": "advisor_20260301", "name": "advisor", "model": "big"}
+    body = json.dumps({"model": "small", "tools": [tool]}).encode()
+    budget = Budget(cost=0.15)
+    async with open_upstream(handler) as (url, _), open_door(url, budget=budget, prices=prices) as door:
+        codes = [(await door.post("/anthropic/v1/messages", body)).status_code for _ in range(3)]
+    assert codes == [200, 200, 403], "each costs 0.1 and a little"
+    one = [("small", 1, 2, 3e-6), ("big", 40, 60, 0.1)]
+    found = [(call.model, call.input_tokens, call.output_tokens, call.cost) for call in door.calls]
+    assert found == one * 2
+    assert door.gateway.usage.models["big"].output_tokens == 120
 
 
 async def test_an_error_of_the_api_is_a_call_without_tokens() -> None:

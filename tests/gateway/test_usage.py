@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taskyard.gateway.prices import Tokens
 from taskyard.gateway.usage import Meter, ModelCall, SseParser, Usage
 
 # Shortened from the APIs' streaming documentation: the usage objects are whole.
@@ -107,7 +109,8 @@ def read(*chunks: bytes, content_type: str = "text/event-stream; charset=utf-8")
     for chunk in chunks:
         meter.feed(chunk)
     meter.finish()
-    return {name: value for name, value in vars(meter).items() if not name.startswith("_")}
+    told = {name: value for name, value in vars(meter).items() if not name.startswith("_")}
+    return told if told["others"] else {name: value for name, value in told.items() if name != "others"}
 
 
 @STREAMS
@@ -159,6 +162,46 @@ def test_whole_answers() -> None:
     response = json.loads(RESPONSES_STREAM.split(b"data: ")[-1])["response"]
     text = json.dumps(response, indent=1).encode()
     assert read(text[:50], text[50:], content_type="application/json") == RESPONSES
+
+
+def test_models_that_were_asked_within_a_call() -> None:
+    """An advisor is counted by itself, steps that the sums leave out with the others; the newest list counts."""
+
+    def step(kind: str, fresh: int, out: int, read: int = 0, **more: Any) -> dict[str, Any]:
+        return {
+            "type": kind,
+            "input_tokens": fresh,
+            "output_tokens": out,
+            "cache_read_input_tokens": read,
+            **more,
+        }
+
+    def event(kind: str, steps: list[Any]) -> bytes:
+        usage = {"input_tokens": 2, "output_tokens": 49, "cache_read_input_tokens": 220, "iterations": steps}
+        if kind == "message_start":
+            data: dict[str, Any] = {"type": kind, "message": {"model": "claude-a", "usage": usage}}
+        else:
+            data = {"type": kind, "usage": usage}
+        return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+
+    advice = step("advisor_message", 1500, 70, 9, model="claude-big", cache_creation_input_tokens=8)
+    steps: list[Any] = [step("message", 1, 5, 100), advice, step("message", 1, 44, 120)]
+    counts = {"model": "claude-a", "input_tokens": 2, "output_tokens": 49, "cached_read_tokens": 220}
+    whole = {**counts, "cached_write_tokens": 0, "metered": True}
+    once = {"claude-big": Tokens(1500, 70, 9, 8)}
+    stream = (
+        event("message_start", steps[:1]),
+        event("message_delta", steps[:2]),
+        event("message_delta", steps),
+    )
+    assert read(*stream) == {**whole, "others": once}
+    # A second step of the advisor, a summary that is in no sum, one that does not say which model, and nonsense.
+    steps += [advice, step("compaction", 900, 100), step("advisor_message", 1, 1), 7]
+    more = {**whole, "input_tokens": 902, "output_tokens": 149}
+    found = {"claude-big": Tokens(3000, 140, 18, 16), "unknown": Tokens(1, 1)}
+    assert read(*stream, event("message_delta", steps)) == {**more, "others": found}
+    body = json.dumps({"type": "message", "model": "claude-a", "usage": {"iterations": steps}}).encode()
+    assert read(body, content_type="application/json") == {**more, "others": found}
 
 
 def test_cache_writes_of_openai_are_not_input_twice() -> None:

@@ -96,7 +96,9 @@ class Keeper:
         """Another sandbox is begun: until it is whole, none is. Raises LeaseLostError."""
         if self.newest is not None and WHOLE in self.newest.parts:
             parts = {name: part for name, part in self.newest.parts.items() if name != WHOLE}
-            await self._write(Checkpoint(self.newest.agent, self.newest.session_id, parts), [], progress=False)
+            await self._write(
+                Checkpoint(self.newest.agent, self.newest.session_id, parts), [], progress=False
+            )
 
     async def _save(
         self, sandbox: Sandbox, work: Work, adapter: Adapter, session_id: str | None, *, progress: bool

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from taskyard.gateway.prices import Tokens
-
 
 @dataclass(eq=False)
 class Tab:
@@ -71,11 +69,11 @@ class Budget:
         self._open.append(tab)
         return tab
 
-    def close(self, tab: Tab, tokens: Tokens, cost: float | None) -> None:
+    def close(self, tab: Tab, tokens: int, cost: float) -> None:
         """It has ended, and this is what it used in all."""
         self._open.remove(tab)
-        self._spent.tokens += tokens.counted
-        self._spent.cost += cost or 0.0
+        self._spent.tokens += tokens
+        self._spent.cost += cost
 
 
 def _dollars(value: float) -> str:

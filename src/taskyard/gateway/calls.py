@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 
 import h11
 import msgspec
@@ -23,14 +23,13 @@ from taskyard.gateway.models import (
 )
 from taskyard.gateway.policy import Policy
 from taskyard.gateway.prices import MAX_MODEL_NAME, Tokens
+from taskyard.gateway.request_body import fields_of, in_background, models_of
 from taskyard.gateway.upstream import UpstreamRequest, UpstreamResponse
 from taskyard.gateway.usage import Meter, ModelCall
 
 MAX_BODY = 64 * 1024 * 1024
 MAX_READ_AHEAD = 32 * 1024 * 1024
 """Bytes of a request whose model has to be known before it may go out; as much as the vendors take."""
-MAX_FIELDS = 1000
-"""Of the object that a request is: more are no call, and cost memory a hundred times their size."""
 MAX_HELD = 4 * MAX_READ_AHEAD
 """Bytes of all such requests of a run at once: the worker's memory is that of other runs, too."""
 QUERY = ("beta", "api-version")
@@ -96,13 +95,14 @@ class CallExchange(Exchange):
     def _check(self, body: bytes) -> bytes:
         try:
             fields = fields_of(body)
-            if self._policy.allowed_models or self._policy.budget.in_dollars:
-                self._asked = model_of(fields)
+            checked = self._policy.allowed_models or self._policy.budget.in_dollars
+            models = models_of(fields) if checked else []
         except ValueError as error:
             raise RefusedError(Refused(400, f"the body of a model call {error}.")) from None
+        self._asked = models[0] if models else None
         refused = check_query(self._admitted.query)
-        if refused is None and self._asked is not None:
-            refused = check_model(self._policy, self._asked)
+        for model in dict.fromkeys(models):
+            refused = refused or check_model(self._policy, model)
         if refused is None and self._policy.budget.limited and in_background(fields):
             refused = Refused(
                 400,
@@ -127,9 +127,9 @@ class CallExchange(Exchange):
     def feed(self, chunk: bytes) -> bytes:
         self._meter.feed(chunk)
         if self._tab is not None and self._streams and self._policy.budget.limited:
-            tokens = self._meter.so_far
-            self._tab.tokens = tokens.counted
-            self._tab.cost = self._cost(tokens) or 0.0
+            used = self._parts(self._meter.so_far)
+            self._tab.tokens = sum(tokens.counted for _, tokens, _ in used)
+            self._tab.cost = sum(cost or 0.0 for _, _, cost in used)
             if (reason := self._policy.budget.exceeded) is not None:
                 cut = _cut(self._before, chunk)
                 if cut is not None:
@@ -141,40 +141,50 @@ class CallExchange(Exchange):
     def finish(self) -> bytes:
         return self._mask.finish()
 
-    def _cost(self, tokens: Tokens) -> float | None:
-        """By the model that answers; by the one that was asked for when nobody knows the price of that."""
-        cost = self._policy.prices.cost(self._meter.model, tokens)
-        return self._policy.prices.cost(self._asked, tokens) if cost is None else cost
+    def _parts(self, tokens: Tokens) -> list[tuple[str | None, Tokens, float | None]]:
+        """What each model has used and costs, the one that answers first. `tokens`: its own.
+
+        It costs as much as the one that was asked for when nobody knows its price.
+        """
+        prices = self._policy.prices
+        cost = prices.cost(self._meter.model, tokens)
+        cost = prices.cost(self._asked, tokens) if cost is None else cost
+        others = self._meter.others.items()
+        return [(self._meter.model, tokens, cost)] + [
+            (model, asked, prices.cost(model, asked)) for model, asked in others
+        ]
 
     def ended(self, status: int, *, complete: bool, seconds: float) -> None:
         if self._tab is None:
             return
         self._policy.read_ahead.bytes -= self._held
         if not self._went_out:
-            self._policy.budget.close(self._tab, Tokens(), None)
+            self._policy.budget.close(self._tab, 0, 0.0)
             return
         self._meter.finish()
         # Vendors charge for a call although nobody waited for its answer.
         charged = 200 <= status < 300 or status == CLIENT_GONE
-        tokens = self._meter.total(self._sent if charged else 0)
-        cost = self._cost(tokens)
-        self._policy.budget.close(self._tab, tokens, cost)
-        self._on_call(
-            ModelCall(
-                provider=self._admitted.provider,
-                endpoint=self._admitted.endpoint,
-                model=self._meter.model,
-                status=status,
-                complete=complete,
-                metered=self._meter.metered,
-                seconds=seconds,
-                input_tokens=tokens.input,
-                output_tokens=tokens.output,
-                cached_read_tokens=tokens.cache_read,
-                cached_write_tokens=tokens.cache_write,
-                cost=cost,
-            )
+        used = self._parts(self._meter.total(self._sent if charged else 0))
+        self._policy.budget.close(
+            self._tab, sum(tokens.counted for _, tokens, _ in used), sum(cost or 0.0 for _, _, cost in used)
         )
+        for model, tokens, cost in used:
+            self._on_call(
+                ModelCall(
+                    provider=self._admitted.provider,
+                    endpoint=self._admitted.endpoint,
+                    model=model,
+                    status=status,
+                    complete=complete,
+                    metered=self._meter.metered,
+                    seconds=seconds,
+                    input_tokens=tokens.input,
+                    output_tokens=tokens.output,
+                    cached_read_tokens=tokens.cache_read,
+                    cached_write_tokens=tokens.cache_write,
+                    cost=cost,
+                )
+            )
 
     def masked(self, text: str) -> str:
         return masked(text.encode("utf-8", "replace"), *self._admitted.secrets).decode("utf-8", "replace")
@@ -211,52 +221,6 @@ def check_query(query: str) -> Refused | None:
     return Refused(
         400, f"the query of a model call holds {' and '.join(QUERY)} only while its model is checked."
     )
-
-
-class _Name:
-    """The name of a field. Its type keeps the parser from making an object of a million."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-def fields_of(body: bytes) -> dict[str, msgspec.Raw]:
-    """The fields of a request, and so the body to send on. Raises ValueError; the text says why.
-
-    A field that stands there twice means one thing to one parser and another to the next. So what goes on is what was
-    read here: the last one of each name, written once.
-    """
-    count = 0
-
-    def name(_: type, text: str) -> _Name:
-        nonlocal count
-        count += 1
-        if count > MAX_FIELDS:
-            raise ValueError
-        return _Name(text)
-
-    try:
-        read = msgspec.json.decode(body, type=dict[_Name, msgspec.Raw], dec_hook=name)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        many = f"has more than {MAX_FIELDS} fields" if count > MAX_FIELDS else "is no JSON object"
-        raise ValueError(many) from None
-    return {name.text: value for name, value in read.items()}
-
-
-def model_of(fields: Mapping[str, msgspec.Raw]) -> str:
-    """The `model` that a request names. Raises ValueError; the text says why. Names are taken in any case."""
-    if [name for name in fields if name.casefold() == "model"] != ["model"]:
-        raise ValueError("does not name its model, or names several")
-    try:
-        return msgspec.json.decode(fields["model"], type=str)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise ValueError("names a model that is no text") from None
-
-
-def in_background(fields: Mapping[str, msgspec.Raw]) -> bool:
-    """Whether an answer is asked for that comes later, by a request of its own."""
-    asked = [bytes(value) for name, value in fields.items() if name.casefold() == "background"]
-    return any(value not in (b"false", b"null") for value in asked)
 
 
 def _cut(before: bytes, chunk: bytes) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -29,6 +29,9 @@ class Tokens:
     """Both kinds of cache entries."""
     cache_write_1h: int = 0
     """Those of `cache_write` that live for an hour, which some vendors charge more for."""
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(*(one + another for one, another in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def prompt(self) -> int:

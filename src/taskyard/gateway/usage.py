@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from taskyard.gateway.prices import MAX_MODEL_NAME, Tokens
@@ -112,6 +112,8 @@ class Meter:
         self.model: str | None = None
         self.metered = False
         self.input_tokens = self.output_tokens = self.cached_read_tokens = self.cached_write_tokens = 0
+        self.others: dict[str, Tokens] = {}
+        """What other models have used that were asked within the call."""
         self._cached_write_1h = 0
         self._pieces = 0
         self._ended = False
@@ -185,17 +187,58 @@ class Meter:
             self.input_tokens = max(0, total - self.cached_read_tokens - self.cached_write_tokens)
             self.output_tokens = _count(usage.get("output_tokens"), _count(usage.get("completion_tokens"), 0))
         else:
-            self.input_tokens = _count(usage.get("input_tokens"), self.input_tokens)
-            self.output_tokens = _count(usage.get("output_tokens"), self.output_tokens)
-            self.cached_read_tokens = _count(usage.get("cache_read_input_tokens"), self.cached_read_tokens)
-            self.cached_write_tokens = _count(
-                usage.get("cache_creation_input_tokens"), self.cached_write_tokens
+            before = (
+                self.input_tokens,
+                self.output_tokens,
+                self.cached_read_tokens,
+                self.cached_write_tokens,
             )
-            kinds = usage.get("cache_creation")
-            if isinstance(kinds, dict):
-                long = _count(kinds.get("ephemeral_1h_input_tokens"), self._cached_write_1h)
-                self._cached_write_1h = min(long, self.cached_write_tokens)
+            self._take(_anthropic(usage, Tokens(*before, self._cached_write_1h)))
+            if isinstance(parts := usage.get("iterations"), list):
+                self._iterations(parts)
         self.metered = True
+
+    def _take(self, tokens: Tokens) -> None:
+        self.input_tokens, self.output_tokens = tokens.input, tokens.output
+        self.cached_read_tokens, self.cached_write_tokens = tokens.cache_read, tokens.cache_write
+        self._cached_write_1h = tokens.cache_write_1h
+
+    def _iterations(self, parts: list[Any]) -> None:
+        """Anthropic's list of all steps within a call, up to now.
+
+        The numbers beside the list are without the steps of other models (an advisor) and some of its own (compaction).
+        """
+        own = Tokens()
+        self.others = {}
+        for part in parts:
+            if not isinstance(part, dict):
+                continue
+            tokens, name = _anthropic(part, Tokens()), part.get("model")
+            if not isinstance(name, str) or not name:
+                name = UNKNOWN_MODEL if part.get("type") == "advisor_message" else self.model
+            if name is None or name == self.model:
+                own += tokens
+            else:
+                name = name if name in self.others or len(self.others) < MAX_MODELS else OTHER_MODELS
+                self.others[name] = self.others.get(name, Tokens()) + tokens
+        told = (self.input_tokens, self.output_tokens, self.cached_read_tokens, self.cached_write_tokens)
+        pairs = zip((*told, self._cached_write_1h), astuple(own), strict=True)
+        self._take(Tokens(*(max(pair) for pair in pairs)))
+
+
+def _anthropic(usage: dict[str, Any], before: Tokens) -> Tokens:
+    """The numbers of a usage; those of before where it does not tell one."""
+    write = _count(usage.get("cache_creation_input_tokens"), before.cache_write)
+    long, kinds = before.cache_write_1h, usage.get("cache_creation")
+    if isinstance(kinds, dict):
+        long = min(_count(kinds.get("ephemeral_1h_input_tokens"), long), write)
+    return Tokens(
+        _count(usage.get("input_tokens"), before.input),
+        _count(usage.get("output_tokens"), before.output),
+        _count(usage.get("cache_read_input_tokens"), before.cache_read),
+        write,
+        long,
+    )
 
 
 def _count(value: Any, otherwise: int) -> int:
