@@ -237,7 +237,9 @@ def test_the_rest_of_the_body_stays(fields: dict[str, object], model: str) -> No
     assert json.loads(msgspec.json.encode(read)) == body
 
 
-NAMES = st.sampled_from(["model", "Model", "tools", "type", "parameters", "models", "function", "x"]) | st.text()
+NAMES = (
+    st.sampled_from(["model", "Model", "tools", "type", "parameters", "models", "function", "x"]) | st.text()
+)
 NESTED = st.recursive(
     SCALARS | st.just("opus"), lambda inner: st.lists(inner) | st.dictionaries(NAMES, inner), max_leaves=30
 )
