@@ -110,8 +110,11 @@ class Driver(PreparingRun):
                 await self._set_up()
                 await self._converse()
             except AgentLost as lost:
-                resumes = await self._patiently(lambda: resume.count_resume(self.parts.database, self.lease))
-                self._check_resumes(resumes, "agent_lost", lost.message)
+                if lost.counts:
+                    resumes = await self._patiently(
+                        lambda: resume.count_resume(self.parts.database, self.lease)
+                    )
+                    self._check_resumes(resumes, "agent_lost", lost.message)
                 log.warning("the agent of a run was lost, starting it again", run=self.run_id)
                 text = f"{lost.message} The work goes on with a new process."
                 self.recorder.add(entries.console(self.run_id, "warn", self._shown(text)))

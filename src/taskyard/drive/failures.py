@@ -56,11 +56,15 @@ class RunFailure(Exception):  # noqa: N818 - it is a run that fails, the program
 
 
 class AgentLost(Exception):  # noqa: N818 - the run goes on
-    """The agent's process was killed from outside, or its sandbox is gone."""
+    """The agent's process was killed from outside, or its sandbox is gone.
 
-    def __init__(self, message: str) -> None:
+    counts: the run itself may be why, so it may happen `runs.max_attempts` times in a row only.
+    """
+
+    def __init__(self, message: str, *, counts: bool = True) -> None:
         super().__init__(message)
         self.message = message
+        self.counts = counts
 
 
 class Leave(Exception):  # noqa: N818 - the run goes on

@@ -130,7 +130,7 @@ class AgentSession:
         error_type: of a process that ended by itself.
         """
         if self.was_cut_off:
-            return AgentLost(CUT_OFF)
+            return AgentLost(CUT_OFF, counts=False)
         try:
             async with asyncio.timeout(EXIT_S):
                 end = await self._process.wait()
