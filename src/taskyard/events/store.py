@@ -63,7 +63,7 @@ async def append(
         "run": run_id,
         "generation": generation,
         "heartbeat": heartbeat,
-        "streamed": any(int(entry.shown) & Shown.STREAM.value for entry in entries),
+        "streamed": any(int(entry.shown) & _STREAM for entry in entries),
         "count": len(entries),
         "items": msgspec.json.encode([_item(entry) for entry in entries]).decode(),
     }
@@ -73,12 +73,15 @@ async def append(
     return int(row["last_seq"])
 
 
+# Plain numbers: operators and attributes of flags are slow.
+_LOG, _STREAM = int(Shown.LOG), int(Shown.STREAM)
+
+
 def _item(entry: Entry) -> dict[str, Any]:
-    # Plain numbers: operators of flags are slow.
     item: dict[str, Any] = {"data": entry.data, "shown": int(entry.shown)}
-    if item["shown"] & Shown.LOG.value:
+    if item["shown"] & _LOG:
         item["kind"] = entry.kind
-        item["stamp"] = None if entry.stamp is None else entry.stamp.isoformat()
+        item["stamp"] = entry.stamp
     return item
 
 
