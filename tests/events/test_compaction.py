@@ -314,6 +314,19 @@ async def test_a_reader_that_is_overtaken_goes_on_in_the_archive(
     assert texts == [*expected, '"late"']
 
 
+@pytest.mark.parametrize("late", [Shown.STREAM, Shown.LOG])
+async def test_a_stream_does_not_wait_behind_an_archive_that_has_nothing_for_it(
+    database: Database, objects: ObjectStore, record: Record, late: Shown
+) -> None:
+    run_id = await ended_run(database, [Entry('"first"', Shown.STREAM), Entry('"second"', Shown.LOG)])
+    await compaction.sweep(database, objects, SOON)
+    last = await append(database, run_id, Entry('"late"', late))
+    # Whoever gets nothing, and no end either, waits for a notification: of what is there already comes none.
+    step = await record.next(run_id, 1)
+    assert [item.data for item in step.items] == (['"late"'] if late is Shown.STREAM else [])
+    assert (step.last, step.over) == (last, True)
+
+
 async def test_a_long_log_is_never_in_memory_as_a_whole(
     database: Database, objects: ObjectStore, record: Record
 ) -> None:
