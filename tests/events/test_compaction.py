@@ -226,8 +226,9 @@ async def test_a_crash_at_any_step_loses_nothing(
     assert await everything(record, run_id) == before
 
 
+@pytest.mark.parametrize("error", [StorageError, OSError])
 async def test_a_run_that_cannot_be_archived_does_not_hold_up_others(
-    database: Database, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    database: Database, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     runs = [await ended_run(database, mixed(5)) for _ in range(5)]
     sick = set(sorted(runs)[:2])
@@ -237,18 +238,18 @@ async def test_a_run_that_cannot_be_archived_does_not_hold_up_others(
     async def put(key: str, path: Path, content_type: str) -> None:
         tried.append(UUID(key.split("/")[1]))
         if tried[-1] in sick:
-            raise StorageError
+            raise error
         await put_file(key, path, content_type)
 
     monkeypatch.setattr(objects, "put_file", put)
-    with pytest.raises(StorageError):
+    with pytest.raises(error):
         await compaction.sweep(database, objects, SOON)
     assert {run for run in runs if await in_table(database, run)} == sick
     # Where nothing works any more, no more than a few are tried.
     runs += [await ended_run(database, mixed(5)) for _ in range(6)]
     sick = set(runs)
     tried.clear()
-    with pytest.raises(StorageError):
+    with pytest.raises(error):
         await compaction.sweep(database, objects, SOON)
     assert len(tried) == compaction.AWAY_AFTER
 
