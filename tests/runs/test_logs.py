@@ -70,7 +70,9 @@ class TestAppend:
         chunk = update("agent_message_chunk")
         await run.append(chunk, update("agent_message"), chunk, update("agent_thought_chunk"))
         await run.append(chunk)
-        assert await run.log() == [update("agent_message"), update("agent_thought_chunk")]
+        other = note("agent_message_chunk")
+        await run.append(other)
+        assert await run.log() == [update("agent_message"), update("agent_thought_chunk"), other]
 
     async def test_nothing_is_on_the_stream(self, yard: Yard) -> None:
         run = await yard.api().create_run()

@@ -78,6 +78,11 @@ def kind_of(entry: Json) -> str:
     return kind.replace("\0", "").encode(errors="ignore").decode()
 
 
+def is_message_chunk(entry: Json) -> bool:
+    """Whether it is a piece of a message that the log has joined (run-lifecycle §8.2)."""
+    return kind_of(entry) == "agent_message_chunk" and entry["notification"]["method"] == "session/update"
+
+
 def stamp_of(entry: Json) -> datetime | None:
     """The entry's time; None when it has none that can be parsed."""
     value = entry.get("timestamp")
