@@ -97,6 +97,16 @@ async def test_bodies(yard: Yard) -> None:
     assert (refused.status_code, set(refused.json())) == (413, {"type", "code", "detail", "attr"})
 
 
+async def test_no_depth_of_nesting_is_an_error_of_the_server(yard: Yard) -> None:
+    """What parses JSON can follow some more levels than what comes behind it, or fewer."""
+    api, answers = yard.api(), set()
+    for depth in (100, *range(900, 1000), 5000):
+        raw = '{"title": "x", "more": ' + '{"a":' * depth + '"\\u0000"' + "}" * depth + "}"
+        sent = await api.post("tasks/", content=raw, headers={"Content-Type": "application/json"})
+        answers.add((sent.status_code, sent.json()["code"]))
+    assert answers == {(400, "null_characters_not_allowed"), (400, "parse_error")}
+
+
 FIELDS: list[tuple[str, Json, str, str | None, str]] = [
     ("tasks/", {"title": "x" * 256}, "max_length", "title", "Ensure this field has no more than 255 characters."),
     ("tasks/", {"title": None}, "null", "title", "This field may not be null."),

@@ -24,6 +24,7 @@ from taskyard.db.engine import Database
 from taskyard.db.hub import Hub
 from taskyard.environments.api import EnvironmentController
 from taskyard.errors import (
+    InvalidInputError,
     MethodNotAllowedError,
     NotFoundError,
     ServiceUnavailableError,
@@ -156,6 +157,12 @@ def unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[by
         log.error("the database failed during a request", path=request.url.path, error=str(error).strip())
         return expected(
             request, ServiceUnavailableError("The database does not answer. Try again in a moment.")
+        )
+    if isinstance(error, RecursionError):
+        # JSON that the parser could just follow, and something behind it could not.
+        log.warning("a request was nested too deeply", path=request.url.path)
+        return expected(
+            request, InvalidInputError("JSON parse error - nested too deeply", code="parse_error")
         )
     log.error("request failed", method=request.method, path=request.url.path, exc_info=error)
     body = {"type": "server_error", "code": "error", "detail": "A server error occurred.", "attr": None}

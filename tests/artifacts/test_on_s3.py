@@ -53,3 +53,20 @@ async def test_from_upload_to_removal(s3_yard: Yard, s3_url: str) -> None:
     await store.close()
     gone = await run.download(inline["storage_path"])
     assert (gone.status_code, gone.json()) == (404, {"error": "Artifact content not found"})
+
+
+async def test_odd_names_do_not_stop_the_removal(s3_yard: Yard) -> None:
+    """Objects are removed by a list in XML: one key that XML cannot say would keep all of them, of all projects."""
+    run = OfRun(await s3_yard.api().create_run())
+    names = ["a\x01b", "a\x1b[31mb", "a\nb", "a\x7fb", "a\ufffeb", "a\\b", "ü😀&<>'\"%2f"]
+    entries = [await run.add(name) for name in names]
+    assert [entry["name"] for entry in entries] == names
+    for entry in entries:
+        assert (await run.download(entry["storage_path"])).content == b"hello"
+    await run.run.cancel()
+    for table in ("stored_objects SET keep_until", "runs SET updated_at"):
+        await s3_yard.database.execute(f"UPDATE {table} = now() - interval '31 days'")
+    store = await open_store(s3_yard.settings, s3_yard.database)
+    assert await retention.sweep(s3_yard.database, store) == len(names)
+    assert [await store.head(entry["storage_path"]) for entry in entries] == [None] * len(names)
+    await store.close()

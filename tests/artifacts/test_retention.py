@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 import pytest
+from psycopg.types.json import Jsonb
 
 from taskyard.artifacts import retention, store
 from taskyard.db.engine import Database
@@ -110,6 +112,29 @@ async def test_what_a_live_task_has_is_kept(yard: Yard, objects: ObjectStore) ->
     await later(yard, days=9)
     assert await retention.sweep(yard.database, objects) == 1
     assert await there(objects, old) == [False]
+
+
+async def test_the_checkpoint_of_a_live_task_is_kept(yard: Yard, objects: ObjectStore) -> None:
+    """What a run sleeps on, or another goes on from; not the one before it."""
+    run = await yard.api().create_run()
+    for key in ("checkpoints/old", "checkpoints/new"):
+        async with yard.database.transaction() as connection:
+            await store.expect(connection, UUID(run.task_id), [key])
+        await objects.put(key, b"bundle", "application/octet-stream")
+    parts = {"pushed": {"commit": None}, "workspace": {"key": "checkpoints/new", "hash": "h", "head": "c"}}
+    await yard.database.execute(
+        "INSERT INTO checkpoints (run_id, generation, parts) VALUES (%(run)s, 1, %(parts)s)",
+        run=run.id,
+        parts=Jsonb(parts),
+    )
+    old, new = ({"storage_path": f"checkpoints/{name}"} for name in ("old", "new"))
+    await later(yard, days=100)
+    assert await retention.sweep(yard.database, objects) == 1
+    assert await there(objects, old, new) == [False, True]
+    await run.cancel()
+    await later(yard, days=31)
+    assert await retention.sweep(yard.database, objects) == 1
+    assert await there(objects, new) == [False]
 
 
 async def test_many_at_once(yard: Yard, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:

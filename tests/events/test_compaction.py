@@ -226,8 +226,9 @@ async def test_a_crash_at_any_step_loses_nothing(
     assert await everything(record, run_id) == before
 
 
+@pytest.mark.parametrize("error", [StorageError, OSError])
 async def test_a_run_that_cannot_be_archived_does_not_hold_up_others(
-    database: Database, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    database: Database, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     runs = [await ended_run(database, mixed(5)) for _ in range(5)]
     sick = set(sorted(runs)[:2])
@@ -237,18 +238,18 @@ async def test_a_run_that_cannot_be_archived_does_not_hold_up_others(
     async def put(key: str, path: Path, content_type: str) -> None:
         tried.append(UUID(key.split("/")[1]))
         if tried[-1] in sick:
-            raise StorageError
+            raise error
         await put_file(key, path, content_type)
 
     monkeypatch.setattr(objects, "put_file", put)
-    with pytest.raises(StorageError):
+    with pytest.raises(error):
         await compaction.sweep(database, objects, SOON)
     assert {run for run in runs if await in_table(database, run)} == sick
     # Where nothing works any more, no more than a few are tried.
     runs += [await ended_run(database, mixed(5)) for _ in range(6)]
     sick = set(runs)
     tried.clear()
-    with pytest.raises(StorageError):
+    with pytest.raises(error):
         await compaction.sweep(database, objects, SOON)
     assert len(tried) == compaction.AWAY_AFTER
 
@@ -312,6 +313,19 @@ async def test_a_reader_that_is_overtaken_goes_on_in_the_archive(
     await compaction.sweep(database, objects, SOON)
     texts += [text async for page in pages for text in page]
     assert texts == [*expected, '"late"']
+
+
+@pytest.mark.parametrize("late", [Shown.STREAM, Shown.LOG])
+async def test_a_stream_does_not_wait_behind_an_archive_that_has_nothing_for_it(
+    database: Database, objects: ObjectStore, record: Record, late: Shown
+) -> None:
+    run_id = await ended_run(database, [Entry('"first"', Shown.STREAM), Entry('"second"', Shown.LOG)])
+    await compaction.sweep(database, objects, SOON)
+    last = await append(database, run_id, Entry('"late"', late))
+    # Whoever gets nothing, and no end either, waits for a notification: of what is there already comes none.
+    step = await record.next(run_id, 1)
+    assert [item.data for item in step.items] == (['"late"'] if late is Shown.STREAM else [])
+    assert (step.last, step.over) == (last, True)
 
 
 async def test_a_long_log_is_never_in_memory_as_a_whole(

@@ -57,12 +57,22 @@ class TestAppend:
         assert text == '{"notification": {"method": "m\\ud83d\\u0000"}, "text": "\\ud83d", "n": null}'
         assert counts(await session(run, event_types="m"))[1] == 1
 
+    async def test_infinity_is_null_however_deep(self, yard: Yard) -> None:
+        run = await yard.api().create_run()
+        before, after = '{"a": ' * 700, "}" * 700
+        raw = f'{{"entries": [{before}[1e999, -1e999]{after}]}}'
+        headers = {"Content-Type": "application/json"}
+        ok(await run.api.request("POST", run.path("append_log/"), content=raw, headers=headers))
+        assert (await run.api.get(run.path("logs"))).text == f"{before}[null, null]{after}"
+
     async def test_chunks_are_dropped(self, yard: Yard) -> None:
         run = await yard.api().create_run()
         chunk = update("agent_message_chunk")
         await run.append(chunk, update("agent_message"), chunk, update("agent_thought_chunk"))
         await run.append(chunk)
-        assert await run.log() == [update("agent_message"), update("agent_thought_chunk")]
+        other = note("agent_message_chunk")
+        await run.append(other)
+        assert await run.log() == [update("agent_message"), update("agent_thought_chunk"), other]
 
     async def test_nothing_is_on_the_stream(self, yard: Yard) -> None:
         run = await yard.api().create_run()

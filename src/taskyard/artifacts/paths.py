@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from uuid import UUID
 
 MAX_NAME_BYTES = 500
 """Of a name inside a path: S3 takes 1024 bytes for the whole of it, clients send 500 characters."""
 MAX_NAME_CHARS = 255
+UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ufffe\uffff\\]")
+"""Not in paths: S3 removes objects by a list in XML, which cannot say most of these. Some servers change the last."""
 
 
 def safe_name(name: str) -> str:
@@ -44,4 +47,4 @@ def is_run_path(path: str, prefix: str, artifact_id: str) -> bool:
 
 def _short(name: str) -> str:
     """The name, or the end of one that is too long: there is its kind."""
-    return name.encode()[-MAX_NAME_BYTES:].decode(errors="ignore")
+    return UNFIT.sub("_", name).encode()[-MAX_NAME_BYTES:].decode(errors="ignore")

@@ -170,8 +170,10 @@ DUE: LiteralString = (
     "SELECT o.key, ("
     " EXISTS (SELECT 1 FROM staged_artifacts s WHERE s.task_id = o.task_id"
     "   AND s.expires_at > clock_timestamp() AND s.entry ->> 'storage_path' = o.key)"
-    " OR EXISTS (SELECT 1 FROM runs r WHERE r.task_id = o.task_id"
+    " OR (EXISTS (SELECT 1 FROM runs r WHERE r.task_id = o.task_id"
     "   AND r.artifacts @> jsonb_build_array(jsonb_build_object('storage_path', o.key)))"
+    " OR EXISTS (SELECT 1 FROM runs r JOIN checkpoints c ON c.run_id = r.id, jsonb_each(c.parts) part"
+    "   WHERE r.task_id = o.task_id AND part.value ->> 'key' = o.key))"
     " AND EXISTS (SELECT 1 FROM runs r WHERE r.task_id = o.task_id"
     "   AND (r.status NOT IN ('completed', 'failed', 'cancelled')"
     "     OR r.updated_at > clock_timestamp() - " + ATTACHED + "))"
@@ -184,8 +186,8 @@ DUE: LiteralString = (
 async def due(connection: Connection, limit: int) -> list[Row]:
     """Objects whose time is over (`key`), locked, and whether something still needs them (`needed`).
 
-    Needed is what waits to be attached, and what a run has while any run of its task is not over, or was changed in
-    the last 30 days: it may be resumed, and then reads what those before it left.
+    Needed is what waits to be attached, and what a run has (artifacts, its checkpoint) while any run of its task is
+    not over, or was changed in the last 30 days: it may be resumed, and then reads what those before it left.
     """
     return await (await connection.execute(DUE, {"limit": limit})).fetchall()
 

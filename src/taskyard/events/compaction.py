@@ -69,7 +69,7 @@ async def sweep(database: Database, objects: ObjectStore, after_s: float) -> int
                     in_a_row = 0
                 except (ArchiveLostError, MismatchError):
                     log.exception("cannot archive the log of a run", run=str(row["run_id"]))
-                except StorageError as error:
+                except (StorageError, OSError) as error:  # a record may be too large for the temporary folder
                     log.warning("cannot archive the log of a run", run=str(row["run_id"]), error=str(error))
                     in_a_row, failed = in_a_row + 1, error
                     if in_a_row == AWAY_AFTER:

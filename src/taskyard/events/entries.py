@@ -7,7 +7,6 @@ that text is what log, stream and session view answer, byte for byte.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntFlag
@@ -53,16 +52,9 @@ def encode(value: Any) -> str:
     try:
         return _FINITE.encode(value)
     except ValueError:
-        # A number like 1e999 was read as infinity, which JSON cannot say.
-        return json.dumps(_finite(value))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        # A number like 1e999 was read as infinity, which JSON cannot say. Not by a walk in Python: that can follow
+        # fewer levels than the parser.
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 def raw(value: Json, shown: Shown = Shown.BOTH) -> Entry:
@@ -84,6 +76,11 @@ def kind_of(entry: Json) -> str:
         return ""
     # The database's text takes neither NUL nor half a surrogate pair.
     return kind.replace("\0", "").encode(errors="ignore").decode()
+
+
+def is_message_chunk(entry: Json) -> bool:
+    """Whether it is a piece of a message that the log has joined (run-lifecycle §8.2)."""
+    return kind_of(entry) == "agent_message_chunk" and entry["notification"]["method"] == "session/update"
 
 
 def stamp_of(entry: Json) -> datetime | None:

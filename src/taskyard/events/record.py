@@ -49,18 +49,22 @@ class Record:
 
     async def next(self, run_id: UUID, after: int) -> Next:
         """The next entries on the stream above the number `after`: some 64 kB, or a block of the archive."""
-        async with self._reads:
-            page = await store.page(self._database, run_id, Shown.STREAM, after=after)
-        if page.archived is not None:
-            last = page.archived.last_seq
+        page = await self._page(run_id, after)
+        while page.archived is not None:
             async with self._blocks, aclosing(self._archived(page.archived, after)) as blocks:
                 async for block in blocks:
                     if found := [_stored(item) for item in block if item.shown & Shown.STREAM.value]:
                         return Next(found, block[-1].seq, over=False, ending=False)
-            return Next([], last, over=page.over and last == page.newest, ending=False)
+            # Nothing there is for the stream. What comes behind it was written long ago, too: no one tells of it.
+            after = page.archived.last_seq
+            page = await self._page(run_id, after)
         # Whoever names a number that does not exist yet gets what comes behind it, and nothing before.
         last = page.items[-1].seq if page.more else max(page.newest, after)
         return Next(page.items, last, page.over and not page.more, ending=page.ended and page.held)
+
+    async def _page(self, run_id: UUID, after: int) -> store.Page:
+        async with self._reads:
+            return await store.page(self._database, run_id, Shown.STREAM, after=after)
 
     async def pages(
         self,

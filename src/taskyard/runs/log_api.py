@@ -42,8 +42,7 @@ class RunLogController(Controller):
         began = time.perf_counter()
         row = await find(request, task_id, run_id)
         # Chunks of a message are noise in a log: the joined message follows.
-        items = [entries.raw(item, Shown.LOG) for item in sent.entries]
-        items = [item for item in items if item.kind != "agent_message_chunk"]
+        items = [entries.raw(item, Shown.LOG) for item in sent.entries if not entries.is_message_chunk(item)]
         if items:
             async with request.app.state.database.connection() as connection:
                 await events.append(connection, row["id"], items, heartbeat=True)
