@@ -118,6 +118,14 @@ async def set_password(connection: Connection, user_id: int, password_hash: str)
     )
 
 
+async def lock_password(connection: Connection, user_id: int) -> str | None:
+    """The hash of a user's password, which nobody replaces until the transaction ends."""
+    row = await one(
+        connection, "SELECT password_hash FROM users WHERE id = %(id)s FOR NO KEY UPDATE", id=user_id
+    )
+    return None if row is None else row["password_hash"]
+
+
 # --- what a user sees of the directory ---------------------------------------------------------------
 
 VISIBLE: LiteralString = """
