@@ -211,6 +211,11 @@ async def test_a_key_that_expires(yard: Yard) -> None:
         ({"label": "x", "scopes": ["task:fly"]}, "invalid_input", "scopes"),
         ({"label": "x", "scopes": ["*"], "scoped_teams": [987]}, "invalid_input", "scoped_teams"),
         (
+            {"label": "x", "scopes": ["*"], "expires_at": "9999-12-31T23:59:59-01:00"},
+            "invalid_input",
+            "expires_at",
+        ),
+        (
             {"label": "x", "scopes": ["*"], "scoped_organizations": [str(uuid4())]},
             "invalid_input",
             "scoped_organizations",
