@@ -113,7 +113,7 @@ async def limited(yard: Yard, **limits: Any) -> Api:
 
 
 async def test_a_limited_key_shows_only_its_projects(yard: Yard) -> None:
-    api = await limited(yard, scoped_teams=[yard.other_project])
+    api = await limited(yard, scoped_teams=[yard.other_project, yard.other_project])
     assert [entry["id"] for entry in ok(await api.get("/api/projects/"))["results"]] == [yard.other_project]
     me = ok(await api.get("/api/users/@me/"))
     # With one project only, that is the current one, whatever the user's own is.

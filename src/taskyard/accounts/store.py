@@ -81,6 +81,8 @@ async def insert_key(
     organization_ids: list[UUID] | None = None,
     expires_at: datetime | None = None,
 ) -> UUID:
+    # A project that is named twice is still the only one, which `@current` stands for.
+    once = [None if ids is None else list(dict.fromkeys(ids)) for ids in (project_ids, organization_ids)]
     row = await one(
         connection,
         "INSERT INTO api_keys"
@@ -90,9 +92,9 @@ async def insert_key(
         label=label,
         hash=key_hash,
         mask=mask,
-        scopes=scopes,
-        projects=project_ids,
-        organizations=organization_ids,
+        scopes=list(dict.fromkeys(scopes)),
+        projects=once[0],
+        organizations=once[1],
         expires=expires_at,
     )
     assert row is not None
