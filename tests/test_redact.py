@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import re
 import string
 from urllib.parse import quote, quote_plus
 
@@ -18,6 +19,7 @@ SECRETS = [
     "hunter2!",
     "sk-ant-0123456789abcdef",
     'p"a\\s/s w+ö=rd%',
+    "https://x/?a=<1>&b=ö",
     "ghp_" + "Ab3" * 12,
 ]
 
@@ -30,6 +32,10 @@ def test_all_forms(secret: str) -> None:
         json.dumps({"a": f"x{secret}y"}),
         json.dumps({"a": json.dumps({"b": secret})}),
         json.dumps({"a": secret}, ensure_ascii=False),
+        json.dumps({"a": secret}).replace("/", "\\/"),  # as PHP writes it
+        re.sub(
+            "[<>&]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps({"a": secret}, ensure_ascii=False)
+        ),  # Go
         f"https://x/?k={quote(secret, safe='')}&",
         f"https://x/{quote(secret)}",
         f"k={quote_plus(secret)}",

@@ -147,15 +147,20 @@ def _forms(secret: str) -> Iterator[str]:
     raw = secret.encode("utf-8", "surrogatepass")
     plain = {secret, quote(raw, safe=""), quote(raw), quote_plus(raw), raw.hex(), raw.hex().upper()}
     for form in plain:
-        # In JSON, and in JSON that is a text of JSON, as the output of a tool often is.
-        once = json.dumps(form)[1:-1]
-        yield from (once, json.dumps(once)[1:-1])
-        # A raw quote or line break would match across JSON's own syntax.
-        if form == once:
-            yield form
-        else:
-            yield json.dumps(form, ensure_ascii=False)[1:-1]
+        # In JSON, and in JSON that is a text of JSON, as the output of a tool often is. Never as it is: a raw quote
+        # or line break would match across JSON's own syntax.
+        for once in _in_json(form):
+            yield from (once, json.dumps(once)[1:-1])
     yield from _base64(raw)
+
+
+def _in_json(text: str) -> set[str]:
+    """A text as encoders of JSON write it: in ASCII or not; PHP escapes slashes, Go what HTML knows."""
+    ascii_only, short = json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
+    return {ascii_only, short, ascii_only.replace("/", "\\/"), short.translate(_HTML)}
+
+
+_HTML = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
 
 
 def _base64(raw: bytes) -> Iterator[str]:

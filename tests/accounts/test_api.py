@@ -113,7 +113,7 @@ async def limited(yard: Yard, **limits: Any) -> Api:
 
 
 async def test_a_limited_key_shows_only_its_projects(yard: Yard) -> None:
-    api = await limited(yard, scoped_teams=[yard.other_project])
+    api = await limited(yard, scoped_teams=[yard.other_project, yard.other_project])
     assert [entry["id"] for entry in ok(await api.get("/api/projects/"))["results"]] == [yard.other_project]
     me = ok(await api.get("/api/users/@me/"))
     # With one project only, that is the current one, whatever the user's own is.
@@ -210,6 +210,11 @@ async def test_a_key_that_expires(yard: Yard) -> None:
         ({"label": "x", "scopes": "*"}, "not_a_list", "scopes"),
         ({"label": "x", "scopes": ["task:fly"]}, "invalid_input", "scopes"),
         ({"label": "x", "scopes": ["*"], "scoped_teams": [987]}, "invalid_input", "scoped_teams"),
+        (
+            {"label": "x", "scopes": ["*"], "expires_at": "9999-12-31T23:59:59-01:00"},
+            "invalid_input",
+            "expires_at",
+        ),
         (
             {"label": "x", "scopes": ["*"], "scoped_organizations": [str(uuid4())]},
             "invalid_input",

@@ -96,6 +96,11 @@ async def test_admin_refusals(yard: Yard) -> None:
     for call in (
         admin.create_user(database, "ADA@example.org"),
         admin.create_user(database, "nobody"),
+        # What a terminal's bytes become that are no UTF-8.
+        admin.create_user(database, "\udcff@example.org"),
+        admin.create_project(database, "\udcff"),
+        admin.add_member(database, "\udcff@example.org", yard.project),
+        admin.create_key(database, "ada@example.org", ["*"], label="\udcff"),
         admin.create_project(database, " "),
         admin.add_member(database, "ada@example.org", yard.project, "king"),
         admin.create_key(database, "ada@example.org", []),

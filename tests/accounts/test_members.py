@@ -8,9 +8,9 @@ from uuid import uuid4
 
 import pytest
 
-from taskyard.accounts import admin
+from taskyard.accounts import admin, members_store
 from tests.support.browser import open_browser
-from tests.support.yard import Api, Yard, error, ok
+from tests.support.yard import Api, Yard, error, eventually, ok
 
 KEYS = {"id", "user", "role", "level", "joined_at", "updated_at"}
 
@@ -148,6 +148,34 @@ async def test_admins_who_leave_at_once(yard: Yard, boss: Api) -> None:
     answers = await asyncio.gather(*(api.request("DELETE", "members/@me/") for api in admins))
     assert sorted(answer.status_code for answer in answers) == [204] * 5 + [400]
     assert list((await people(yard.api())).values()).count("admin") == 1
+
+
+@pytest.mark.parametrize("method", ["PATCH", "POST"])
+async def test_who_is_no_admin_any_more_when_it_is_their_turn(yard: Yard, boss: Api, method: str) -> None:
+    """A request that came before, and waited for the one that took the role away."""
+    mal = await join(yard, "mal", "admin")
+    path, body = {
+        "PATCH": ("members/@me/", {"role": "admin"}),
+        "POST": ("members/", {"email": "eve@example.org", "role": "admin"}),
+    }[method]
+    async with yard.database.transaction() as connection:
+        await members_store.lock(connection, yard.project)
+        waiting = asyncio.create_task(mal.request(method, path, json=body))
+        await eventually(
+            lambda: yard.database.fetch(
+                "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            ),
+            bool,
+            lambda _: "request that waits",
+        )
+        await connection.execute(
+            "UPDATE memberships m SET role = 'member' FROM users u"
+            " WHERE u.id = m.user_id AND u.email = 'mal@example.org'"
+        )
+    error(await waiting, 403, "permission_denied")
+    assert await people(boss) == {
+        "ada@example.org": "member", "bob@example.org": "admin", "mal@example.org": "member",
+    }  # fmt: skip
 
 
 async def test_remove(yard: Yard, boss: Api) -> None:

@@ -236,6 +236,8 @@ async def test_a_wrong_client_is_not_sent_back(yard: Yard, changes: dict[str, st
         ({"response_type": "none"}, "unauthorized_client"),
         ({"response_type": None}, "invalid_request"),
         ({"code_challenge": None}, "invalid_request"),
+        ({"code_challenge": "\0" * 43}, "invalid_request"),
+        ({"code_challenge": CHALLENGE + "A"}, "invalid_request"),
         ({"code_challenge_method": "plain"}, "invalid_request"),
         ({"code_challenge_method": None}, "invalid_request"),
         ({"scope": "fly"}, "invalid_scope"),
@@ -316,9 +318,13 @@ async def test_clients_that_send_json(yard: Yard) -> None:
         "client_id": "desk",
     }
     ok(await yard.client.post("/oauth/token", json=body))
-    for wrong in (b"[1]", b"{", b"\xff"):
+    surrogate = (
+        b'{"grant_type": "authorization_code", "code": "\\ud800", "client_id": "desk", "token": "\\ud800"}'
+    )
+    for wrong in (b"[1]", b"{", b"\xff", b"[" * 100_000, surrogate):
         headers = {"Content-Type": "application/json"}
-        refused(await yard.client.post("/oauth/token", content=wrong, headers=headers), "invalid_request")
+        for path in ("/oauth/token", "/oauth/revoke"):
+            refused(await yard.client.post(path, content=wrong, headers=headers), "invalid_request")
     refused(await yard.client.post("/oauth/token"), "unsupported_grant_type")
 
 

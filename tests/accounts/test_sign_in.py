@@ -141,6 +141,34 @@ async def test_a_new_password_ends_sessions_and_links(yard: Yard) -> None:
         assert (await browser.sign_in(ADA, "another password")).status_code == 200
 
 
+async def test_a_password_that_is_replaced_while_it_is_checked(
+    monkeypatch: pytest.MonkeyPatch, yard: Yard
+) -> None:
+    """Whoever knows the old one only is not signed in after the new one is set."""
+    await admin.set_password(yard.database, ADA, PASSWORD)
+    real = passwords.verify
+
+    async def verify(stored: str | None, password: str) -> bool:
+        right = await real(stored, password)
+        await admin.set_password(yard.database, ADA, "another password")
+        return right
+
+    monkeypatch.setattr(passwords, "verify", verify)
+    # With other parameters it would be hashed anew, over the new one.
+    monkeypatch.setattr(passwords, "outdated", lambda _: True)
+    async with open_browser(yard) as browser:
+        error(await browser.sign_in(ADA), 400, "invalid_credentials")
+        assert await yard.database.fetch("SELECT 1 FROM sessions") == []
+        monkeypatch.undo()
+        assert (await browser.sign_in(ADA, "another password")).status_code == 200
+
+
+async def test_a_form_with_what_cannot_be_stored(yard: Yard) -> None:
+    page = await yard.client.post("/login", data={"email": "a\0@b.c", "password": PASSWORD})
+    assert page.status_code == 400
+    assert "Null characters are not allowed." in page.text
+
+
 async def test_no_secret_is_stored(yard: Yard) -> None:
     async with open_browser(yard, "ada") as browser:
         session = browser.client.cookies["taskyard_session"]
@@ -156,7 +184,13 @@ async def test_login_from_another_site_is_refused(yard: Yard) -> None:
     """Otherwise a page could sign its visitor in as somebody else."""
     await admin.set_password(yard.database, ADA, PASSWORD)
     body = {"email": ADA, "password": PASSWORD}
-    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://["},
+        {"Origin": "http://[", "Host": "["},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
         error(await yard.client.post("/api/login", json=body, headers=headers), 403, "permission_denied")
         assert (await yard.client.post("/login", data=body, headers=headers)).status_code == 403
 

@@ -7,12 +7,13 @@ import base64
 import json
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import SecretStr
 
 from taskyard.db.engine import Database
-from taskyard.environments import secrets, service
+from taskyard.environments import secrets, service, store
 from taskyard.security import Box, SecretKeyError, secret_keys
 from taskyard.settings import Settings
 from tests.conftest import make_settings
@@ -142,6 +143,21 @@ async def test_rotation_of_the_key_file(yard: Yard) -> None:
     for n, environment in enumerate(environments):
         assert await service.variables_for(yard.database, yard.settings, environment) == {"A": str(n)}
     await stored(yard, B="new")
+
+
+async def test_rotation_while_a_secret_is_read(monkeypatch: pytest.MonkeyPatch, yard: Yard) -> None:
+    """What was read before has a key that is gone afterwards."""
+    environment = await stored(yard, A="1")
+    read = store.variables
+
+    async def variables(database: Database, environment_id: UUID) -> bytes | None:
+        found = await read(database, environment_id)
+        monkeypatch.undo()
+        await secrets.rotate(yard.database, yard.settings)
+        return found
+
+    monkeypatch.setattr(store, "variables", variables)
+    assert await service.variables_for(yard.database, yard.settings, environment) == {"A": "1"}
 
 
 async def test_rotation_and_writers_at_once(yard: Yard) -> None:

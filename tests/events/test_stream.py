@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from uuid import UUID
 
+import psycopg
 import pytest
 
 from taskyard.db.engine import Database
@@ -62,6 +63,33 @@ async def test_resume_skips_and_repeats_nothing(database: Database, tails: Tails
     assert after is not None
     rest = "".join([f.decode() async for f in stream.frames(tails, run_id, after=after)]).split("\n\n")[:-1]
     assert rest == whole[700:]
+
+
+async def test_who_is_not_allowed_any_more_is_sent_nothing(
+    monkeypatch: pytest.MonkeyPatch, database: Database, tails: Tails
+) -> None:
+    """It is asked anew before what comes later than RECHECK_S; a database that is away ends no stream."""
+    run_id = await make_run(database)
+    answers: list[bool | Exception] = [True, psycopg.OperationalError("away"), True, False]
+
+    async def allowed() -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    frames = stream.frames(tails, run_id, after=0, allowed=allowed)
+    await append(database, run_id, "at once")
+    assert "at once" in await next_frame(frames)
+    assert len(answers) == 4
+    monkeypatch.setattr(stream, "RECHECK_S", -1.0)
+    for text in ("one", "two", "three"):
+        await append(database, run_id, text)
+        assert text in await next_frame(frames)
+    await append(database, run_id, "four")
+    with pytest.raises(StopAsyncIteration):
+        await next_frame(frames)
+    assert answers == []
 
 
 async def test_silence_is_broken_by_keepalives_without_id(database: Database, tails: Tails) -> None:

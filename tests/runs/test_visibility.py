@@ -52,3 +52,22 @@ async def test_of_team_wide_tasks(yard: Yard) -> None:
     entry = ok(await bob.post(run.path("artifacts/"), inline))["artifacts"][0]
     response = await bob.post(run.path("artifacts/download/"), {"storage_path": entry["storage_path"]})
     assert response.content == b"x"
+
+
+async def test_automations_of_others(yard: Yard) -> None:
+    """They show their task, so whoever may not see it sees, changes and removes no automation of it."""
+    ada, bob = yard.api(), yard.api("bob")
+    body = {"name": "n", "prompt": "p", "repository": "acme/demo", "cron_expression": "0 3 1 1 *"}
+    made = ok(await ada.post("task_automations/", body), 201)
+    one = f"task_automations/{made['id']}/"
+    assert ok(await bob.get("task_automations/"))["results"] == []
+    for method, path, sent in (
+        ("GET", one, None), ("PATCH", one, {"enabled": False}), ("PUT", one, body), ("DELETE", one, None),
+        ("POST", f"{one}run/", None),
+    ):  # fmt: skip
+        error(await bob.request(method, path, json=sent), 404, "not_found")
+    assert ok(await ada.get(one)) == made
+    assert ok(await ada.get("task_automations/"))["count"] == 1
+    # The schedule of a task that is gone can still be seen, and removed, by whoever made it.
+    assert (await ada.request("DELETE", f"tasks/{made['last_task_id']}/")).status_code == 204
+    assert (await ada.request("DELETE", one)).status_code == 204

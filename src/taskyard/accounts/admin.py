@@ -11,11 +11,13 @@ from taskyard.accounts import members_store, passwords, present, sign_in, store
 from taskyard.accounts.schemas import SCOPES, is_email
 from taskyard.db.engine import Connection, Database, Row
 from taskyard.errors import InvalidInputError, NotFoundError
+from taskyard.schemas import check_storable
 from taskyard.security import hash_api_key, mask_api_key, new_api_key
 
 
 async def create_user(database: Database, email: str) -> dict[str, Any]:
     """A new user; the very first one administers the site."""
+    check_storable(email)
     if not is_email(email):
         raise InvalidInputError(f"{email!r} is not an e-mail address")
     async with database.transaction() as connection:
@@ -27,6 +29,7 @@ async def create_user(database: Database, email: str) -> dict[str, Any]:
 
 
 async def create_project(database: Database, name: str) -> dict[str, Any]:
+    check_storable(name)
     if not name.strip():
         raise InvalidInputError("a project needs a name")
     async with database.transaction() as connection:
@@ -68,6 +71,7 @@ async def create_key(
     for scope in scopes:
         if scope not in SCOPES:
             raise InvalidInputError(f"{scope!r} is not a scope: {', '.join(SCOPES)}")
+    check_storable(label)
     key = new_api_key()
     async with database.transaction() as connection:
         user = await _user(connection, email)
@@ -168,6 +172,7 @@ async def bootstrap(database: Database) -> First | None:
 
 
 async def _user(connection: Connection, email: str) -> Row:
+    check_storable(email)
     user = await store.user_by_email(connection, email)
     if user is None:
         raise NotFoundError(f"there is no user {email}")

@@ -90,7 +90,23 @@ async def authorize(connection: AnyConnection, handler: BaseRouteHandler) -> Non
     """
     if isinstance(connection.scope.get("user"), Caller):
         return  # whoever wrapped this request has asked already
-    kind, row = await _person(connection, project_in_path(connection))
+    connection.scope["user"] = await _caller(connection, handler, project_in_path(connection), counted=True)
+
+
+async def still_allowed(connection: AnyConnection) -> bool:
+    """Whether `authorize` would let the caller in now, too: for answers that go on for long. It counts no request."""
+    caller, handler = cast("Caller", connection.scope["user"]), connection.scope["route_handler"]
+    try:
+        await _caller(connection, handler, caller.project.id, counted=False)
+    except (NotAuthenticatedError, PermissionDeniedError, NotFoundError):
+        return False
+    return True
+
+
+async def _caller(
+    connection: AnyConnection, handler: BaseRouteHandler, project_id: int | None, *, counted: bool
+) -> Caller:
+    kind, row = await _person(connection, project_id, counted=counted)
     if row["project_id"] is None:
         raise NotFoundError("Project not found.")
     if row["role"] is None or not _reaches(row):
@@ -108,7 +124,7 @@ async def authorize(connection: AnyConnection, handler: BaseRouteHandler) -> Non
     method = connection.scope.get("method", "GET")
     wanted = handler.opt.get("scope") or ("task:read" if method in READ_METHODS else "task:write")
     _check_scope(caller.scopes, wanted)
-    connection.scope["user"] = caller
+    return caller
 
 
 def _check_scope(scopes: frozenset[str], wanted: str) -> None:
@@ -156,8 +172,10 @@ def _reaches(row: Row) -> bool:
     return organizations is None or row["organization_id"] in organizations
 
 
-async def _person(connection: AnyConnection, project_id: int | None) -> tuple[Kind, Row]:
-    """The credential's kind, and the row of its user and project."""
+async def _person(
+    connection: AnyConnection, project_id: int | None, *, counted: bool = True
+) -> tuple[Kind, Row]:
+    """The credential's kind, and the row of its user and project. `counted` by the limits of keys."""
     database: Database = connection.app.state.database
     text = _bearer(connection)
     if text is None:
@@ -169,11 +187,14 @@ async def _person(connection: AnyConnection, project_id: int | None) -> tuple[Ki
         if row["stale"]:
             await store.touch_grant(database, row["credential_id"])
         return "token", row
-    return "key", await _key(database, connection.app.state.settings.rate_limits, text, project_id)
+    limits = connection.app.state.settings.rate_limits if counted else None
+    return "key", await _key(database, limits, text, project_id)
 
 
-async def _key(database: Database, limits: RateLimitSettings, text: str, project_id: int | None) -> Row:
-    if limits.enabled:
+async def _key(
+    database: Database, limits: RateLimitSettings | None, text: str, project_id: int | None
+) -> Row:
+    if limits is not None and limits.enabled:
         allowed = limits.per_minute, limits.per_hour
         row = await store.count_key(database, token_hash(text), project_id, *allowed)
         if row is not None and row["counted"] is None:

@@ -47,7 +47,8 @@ async def add(connection: Connection, caller: Caller, body: MemberAdd) -> dict[s
 
     Nobody gets such a link for an account that was there before: it would be the key to it.
     """
-    _only_admins(caller)
+    members = await _roles(connection, caller)
+    _only_admins(caller, members)
     user = await accounts.user_by_email(connection, body.email)
     new = user is None
     if user is None:
@@ -57,7 +58,7 @@ async def add(connection: Connection, caller: Caller, body: MemberAdd) -> dict[s
             raise InvalidInputError(
                 "Somebody else is adding this person at the moment. Try again.", attr="email"
             )
-    elif any(row["user_id"] == user["id"] for row in await store.lock(connection, caller.project.id)):
+    elif user["id"] in members:
         detail = "This person is a member already: change the role with PATCH."
         raise InvalidInputError(detail, code="unique", attr="email")
     await accounts.insert_membership(connection, user["id"], caller.project.id, body.role)
@@ -68,8 +69,9 @@ async def add(connection: Connection, caller: Caller, body: MemberAdd) -> dict[s
 
 
 async def change_role(connection: Connection, caller: Caller, member: UUID, role: str | None) -> Row:
-    _only_admins(caller)
-    row = await _locked(connection, caller, member, stays_admin=role != "member")
+    members = await _roles(connection, caller)
+    _only_admins(caller, members)
+    row = await _changed(connection, caller, member, members, stays_admin=role != "member")
     if role is not None:
         await accounts.insert_membership(connection, row["user_id"], caller.project.id, role)
     return await find(connection, caller, member)
@@ -77,25 +79,29 @@ async def change_role(connection: Connection, caller: Caller, member: UUID, role
 
 async def remove(connection: Connection, caller: Caller, member: UUID) -> None:
     """Take somebody out, or leave. What they made stays; their keys and automations do nothing here any more."""
-    row = await find(connection, caller, member)
-    if row["user_id"] != caller.user_id:
-        _only_admins(caller)
-    row = await _locked(connection, caller, member, stays_admin=False)
+    members = await _roles(connection, caller)
+    row = await _changed(connection, caller, member, members, stays_admin=False)
     await store.remove(connection, caller.project.id, row["user_id"])
 
 
-async def _locked(connection: Connection, caller: Caller, member: UUID, *, stays_admin: bool) -> Row:
-    """The member, whom nobody changes meanwhile. Raises LastAdminError when no admin would be left."""
-    admins = {
-        row["user_id"] for row in await store.lock(connection, caller.project.id) if row["role"] == "admin"
-    }
+async def _roles(connection: Connection, caller: Caller) -> dict[int, str]:
+    """The project's members by their numbers, whom nobody changes meanwhile."""
+    return {row["user_id"]: row["role"] for row in await store.lock(connection, caller.project.id)}
+
+
+async def _changed(
+    connection: Connection, caller: Caller, member: UUID, members: dict[int, str], *, stays_admin: bool
+) -> Row:
+    """The member, whom the caller may change. Raises LastAdminError when no admin would be left."""
     row = await find(connection, caller, member)
-    if admins == {row["user_id"]} and not stays_admin:
+    if row["user_id"] != caller.user_id:
+        _only_admins(caller, members)
+    if [user for user, role in members.items() if role == "admin"] == [row["user_id"]] and not stays_admin:
         raise LastAdminError
     return row
 
 
-def _only_admins(caller: Caller) -> None:
-    """Those of the project, and whoever administers the site."""
-    if caller.role != "admin" and not caller.is_staff:
+def _only_admins(caller: Caller, members: dict[int, str]) -> None:
+    """Those of the project, and whoever administers the site: as it is now, not as it was when the request came."""
+    if members.get(caller.user_id) != "admin" and not caller.is_staff:
         raise NotAdminError

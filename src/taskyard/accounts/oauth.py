@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,8 @@ from taskyard.errors import InvalidInputError
 from taskyard.settings import OAuthSettings
 
 CODE_LIFE = timedelta(minutes=5)
+CHALLENGE = re.compile(r"[A-Za-z0-9_-]{43}")
+"""A SHA-256 in base64 as RFC 7636 writes it."""
 
 # oauthlib only reads the query of it.
 AUTHORIZE, TOKEN, REVOKE = "https://server/authorize", "https://server/token", "https://server/revoke"
@@ -84,6 +87,9 @@ def read_request(settings: OAuthSettings, query: str) -> Asked:
     except ValueError as error:
         raise ClientRequestError(f"The program that sent you here made a wrong request: {error}") from error
     request = info["request"]
+    if not CHALLENGE.fullmatch(request.code_challenge):
+        wrong = InvalidRequestError(description="This is no S256 code challenge.", state=info["state"])
+        raise SendBackError(wrong.in_uri(redirect_uri))
     return Asked(
         client_id=info["client_id"],
         client_name=settings.clients[info["client_id"]].name,
@@ -199,13 +205,21 @@ async def _save(
 
 
 def _fields(body: bytes, content_type: str) -> list[tuple[str, str]]:
-    """The fields of a request: a form as the RFC has it, or the JSON object that some clients send."""
+    """The fields of a request: a form as the RFC has it, or the JSON object that some clients send.
+
+    Raises ValueError for anything else.
+    """
     text = body.decode("utf-8")
     if content_type.partition(";")[0].strip().lower() == "application/json":
-        value = json.loads(text)
+        try:
+            value = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
         if not isinstance(value, dict):
             raise ValueError("not an object")
-        return [(name, entry) for name, entry in value.items() if isinstance(entry, str)]
+        fields = [(name, entry) for name, entry in value.items() if isinstance(entry, str)]
+        urlencode(fields)  # a text with half of a surrogate pair is none
+        return fields
     return parse_qsl(text, keep_blank_values=False)
 
 

@@ -16,6 +16,7 @@ from taskyard.accounts.tokens import csrf_matches, csrf_token, token_hash
 from taskyard.db.engine import Row
 from taskyard.errors import PermissionDeniedError, TaskyardError
 from taskyard.http import origin_of
+from taskyard.schemas import check_storable
 
 Req = Request[Any, Any, Any]
 
@@ -77,7 +78,9 @@ def go_to(location: str) -> Response[bytes]:
 async def form(request: Req) -> dict[str, str]:
     """The fields of a form. One that another site sent is refused: PermissionDeniedError."""
     check_origin(request)
-    return dict(parse_qsl((await request.body()).decode("utf-8", "replace"), keep_blank_values=True))
+    fields = dict(parse_qsl((await request.body()).decode("utf-8", "replace"), keep_blank_values=True))
+    check_storable(fields)
+    return fields
 
 
 def check_origin(request: Req) -> None:
@@ -86,9 +89,17 @@ def check_origin(request: Req) -> None:
     Browsers say where a request comes from; programs that are none say nothing and have no cookies to abuse.
     """
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-    own = {request.headers.get("host"), urlsplit(origin_of(request)).netloc}
-    if site not in (None, "same-origin", "none") or (origin and urlsplit(origin).netloc not in own):
+    own = {request.headers.get("host"), _netloc(origin_of(request))}
+    if site not in (None, "same-origin", "none") or (origin and (_netloc(origin) or "null") not in own):
         raise PermissionDeniedError("This request came from another site.")
+
+
+def _netloc(origin: str) -> str:
+    """The host and port of an origin, "" if it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def check_csrf(person: SignedIn, fields: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -28,6 +29,13 @@ def _email(value: str) -> str:
 Email = Annotated[Filled, StringConstraints(max_length=254), AfterValidator(_email)]
 Name = Annotated[Text, StringConstraints(max_length=150)]
 Role = Literal["member", "admin"]
+
+
+def _utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise PydanticCustomError("datetime", "This time is after the year 9999.") from None
 
 
 class MemberAdd(Body):
@@ -58,7 +66,7 @@ class KeyWrite(Body):
     scopes: Annotated[list[str], Field(min_length=1)]
     scoped_teams: list[int] | None = None
     scoped_organizations: list[UUID] | None = None
-    expires_at: AwareDatetime | None = None
+    expires_at: Annotated[AwareDatetime, AfterValidator(_utc)] | None = None
 
 
 class SignIn(Body):

@@ -46,6 +46,9 @@ async def sign_in(database: Database, email: str, password: str, address: str) -
         raise InvalidInputError("Invalid email or password.", code="invalid_credentials")
     fresh = await passwords.hash_password(password) if passwords.outdated(stored) else None
     async with database.transaction() as connection:
+        if await store.lock_password(connection, user["id"]) != stored:
+            # Replaced meanwhile: who knows only the old one is not let in, and does not bring it back.
+            raise InvalidInputError("Invalid email or password.", code="invalid_credentials")
         if fresh is not None:
             await store.set_password(connection, user["id"], fresh)
         await sessions.forget_attempts(connection, subjects["pair"])

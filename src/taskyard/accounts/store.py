@@ -81,6 +81,8 @@ async def insert_key(
     organization_ids: list[UUID] | None = None,
     expires_at: datetime | None = None,
 ) -> UUID:
+    # A project that is named twice is still the only one, which `@current` stands for.
+    once = [None if ids is None else list(dict.fromkeys(ids)) for ids in (project_ids, organization_ids)]
     row = await one(
         connection,
         "INSERT INTO api_keys"
@@ -90,9 +92,9 @@ async def insert_key(
         label=label,
         hash=key_hash,
         mask=mask,
-        scopes=scopes,
-        projects=project_ids,
-        organizations=organization_ids,
+        scopes=list(dict.fromkeys(scopes)),
+        projects=once[0],
+        organizations=once[1],
         expires=expires_at,
     )
     assert row is not None
@@ -116,6 +118,14 @@ async def set_password(connection: Connection, user_id: int, password_hash: str)
         "UPDATE users SET password_hash = %(hash)s WHERE id = %(user)s",
         {"user": user_id, "hash": password_hash},
     )
+
+
+async def lock_password(connection: Connection, user_id: int) -> str | None:
+    """The hash of a user's password, which nobody replaces until the transaction ends."""
+    row = await one(
+        connection, "SELECT password_hash FROM users WHERE id = %(id)s FOR NO KEY UPDATE", id=user_id
+    )
+    return None if row is None else row["password_hash"]
 
 
 # --- what a user sees of the directory ---------------------------------------------------------------

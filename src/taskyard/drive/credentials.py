@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from taskyard.db.engine import Database, Row
-from taskyard.environments.secrets import opening_box
+from taskyard.environments.secrets import opened
 from taskyard.forge.git import Credentials, Origin
 from taskyard.gateway.server import GitRepository
 from taskyard.runs import store as runs
@@ -23,9 +23,9 @@ def run_credentials(settings: Settings, database: Database, row: Row) -> Credent
         if not origin.takes_credentials:
             return None
         if urlsplit(origin.location).hostname in USER_TOKEN_HOSTS:
-            sealed = await runs.user_token(database, row["id"])
-            if sealed is not None:
-                return (await opening_box(settings)).open(sealed)
+            own = await opened(settings, lambda: runs.user_token(database, row["id"]))
+            if own is not None:
+                return own
         return site_token(settings.git, origin.location)
 
     return token

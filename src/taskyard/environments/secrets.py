@@ -8,6 +8,7 @@ rotation reaches running servers without a restart.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from taskyard.db.engine import Connection, Database
@@ -39,6 +40,22 @@ async def sealing_box(connection: Connection, settings: Settings) -> Box:
 async def opening_box(settings: Settings) -> Box:
     """The box to decrypt with; raises SecretKeyError when this machine has no key."""
     return await asyncio.to_thread(lambda: Box(secret_keys(settings)))
+
+
+async def opened(settings: Settings, sealed: Callable[[], Awaitable[bytes | None]]) -> str | None:
+    """A stored secret, decrypted; `sealed` reads it. None when there is none, SecretKeyError when no key fits."""
+    text = await sealed()
+    while text is not None:
+        box = await opening_box(settings)
+        try:
+            return box.open(text)
+        except SecretKeyError:
+            # A rotation may have finished since it was read: the old key is gone, and the text another one.
+            again = await sealed()
+            if again == text:
+                raise
+            text = again
+    return None
 
 
 async def rotate(database: Database, settings: Settings, *, drop_unreadable: bool = False) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from taskyard.accounts.caller import Caller
 from taskyard.db.engine import Connection, Database, Row
 from taskyard.environments import store
 from taskyard.environments.schemas import EnvironmentCreate, EnvironmentUpdate
-from taskyard.environments.secrets import opening_box, sealing_box
+from taskyard.environments.secrets import opened, sealing_box
 from taskyard.errors import InvalidInputError, NotFoundError
 from taskyard.settings import Settings
 
@@ -96,10 +96,8 @@ async def variables_for(database: Database, settings: Settings, environment_id: 
 
     Raises SecretKeyError when this machine cannot decrypt them.
     """
-    sealed = await store.variables(database, environment_id)
-    if sealed is None:
-        return {}
-    variables: dict[str, str] = json.loads((await opening_box(settings)).open(sealed))
+    text = await opened(settings, lambda: store.variables(database, environment_id))
+    variables: dict[str, str] = {} if text is None else json.loads(text)
     return {name: value for name, value in variables.items() if not RESERVED.fullmatch(name)}
 
 

@@ -7,12 +7,16 @@ wait there. A slow reader costs nothing but its own time: nothing is queued for 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from uuid import UUID
 
+from taskyard.db.engine import AWAY
 from taskyard.events.tail import Tails
 
 KEEPALIVE_S = 20.0
+RECHECK_S = 60.0
+"""What is sent later than this after a look at the reader's permission is sent only after another one."""
 KEEPALIVE = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'
 
 
@@ -22,14 +26,24 @@ def position(event_id: str | None) -> int | None:
     return int(match[1]) if match else None
 
 
+async def always() -> bool:
+    return True
+
+
 async def frames(
-    tails: Tails, run_id: UUID, *, after: int, keepalive_s: float = KEEPALIVE_S
+    tails: Tails,
+    run_id: UUID,
+    *,
+    after: int,
+    keepalive_s: float = KEEPALIVE_S,
+    allowed: Callable[[], Awaitable[bool]] = always,
 ) -> AsyncIterator[bytes]:
-    """Frames of a run's stream after the number `after`, until the run is over.
+    """Frames of a run's stream after the number `after`, until the run is over or the reader is not `allowed` it.
 
     An entry is `id:` and `data:`; silence is broken by keepalives, which carry no id, so that a client
     never resumes from one. The end is the end of the connection, without a last frame.
     """
+    checked = time.monotonic()  # by the guard of the request
     with tails.follow(run_id) as reader:
         while True:
             batch = await reader.next(after, keepalive_s)
@@ -37,6 +51,13 @@ async def frames(
                 yield KEEPALIVE
                 continue
             after = batch.last
+            if batch.frames and time.monotonic() - checked > RECHECK_S:
+                try:
+                    if not await allowed():
+                        return
+                    checked = time.monotonic()
+                except AWAY:
+                    pass  # a database that is away for a moment ends no stream: the next frames ask again
             if batch.frames:
                 yield batch.frames
             if batch.over:

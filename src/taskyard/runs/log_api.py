@@ -10,7 +10,7 @@ from litestar.exceptions import InternalServerException
 from litestar.params import FromPath
 from litestar.response import Stream
 
-from taskyard.accounts.caller import Caller, authorize
+from taskyard.accounts.caller import Caller, authorize, still_allowed
 from taskyard.errors import NotAuthenticatedError, NotFoundError, PermissionDeniedError
 from taskyard.events import entries, log, stream
 from taskyard.events import store as events
@@ -90,7 +90,7 @@ class RunLogController(Controller):
         if after is None:
             latest = request.query_params.get("start") == "latest"
             after = await events.last_seq(state.database, row["id"]) if latest else 0
-        frames = stream.frames(state.tails, row["id"], after=after)
+        frames = stream.frames(state.tails, row["id"], after=after, allowed=lambda: still_allowed(request))
         return Stream(frames, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     @get("/connection_token", opt={"scope": "task:write"})
