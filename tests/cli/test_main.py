@@ -105,6 +105,7 @@ def test_an_output_that_cannot_show_a_character(tmp_path: Path) -> None:
             'has to be a JSON list, such as ["opencode", "acp"]',
         ),
         ("TASKYARD_WORKER__CONCURENCY", "3", "TASKYARD_WORKER__CONCURENCY: there is no such setting"),
+        ("TASKYARD_BASE_URL", "yard.example.org", "has to be like https://taskyard.example.org"),
         ("TASKYARD_CONFIG", "/nowhere/taskyard.toml", "there is no file /nowhere/taskyard.toml"),
         (
             "TASKYARD_DATABASE_URL",
@@ -183,3 +184,10 @@ def test_a_key_that_cannot_be_sent_is_not_shown(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert done.stderr.startswith("error: the API key has characters that no key has")
         assert "phx_" not in done.stderr
+
+
+def test_a_secret_key_that_is_none_does_not_start(tmp_path: Path) -> None:
+    done = taskyard("serve", "--port", "0", cwd=tmp_path, TASKYARD_SECRET_KEYS='["s3cret-word"]')
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: entry 1 of TASKYARD_SECRET_KEYS is not a key: 32 bytes in base64.")
+    assert "s3cret-word" not in done.stderr

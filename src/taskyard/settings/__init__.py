@@ -338,6 +338,15 @@ class Settings(BaseSettings):
     logs: LogSettings = LogSettings()
     worker: WorkerSettings = WorkerSettings()
 
+    @field_validator("base_url")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and (
+            urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname
+        ):
+            raise ValueError("has to be like https://taskyard.example.org")
+        return value
+
     @field_validator("database_url")
     @classmethod
     def _a_libpq_url(cls, value: SecretStr | None) -> SecretStr | None:
