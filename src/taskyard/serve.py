@@ -22,6 +22,7 @@ from taskyard.db.embedded import ServeLock
 from taskyard.db.engine import Database, open_database
 from taskyard.errors import SetupError
 from taskyard.redact import LOGS
+from taskyard.security import secret_keys
 from taskyard.settings import Settings, server_secrets
 from taskyard.telemetry import configure_logging
 
@@ -69,6 +70,8 @@ def _run(settings: Settings, main: Callable[[Stop], Awaitable[None]]) -> None:
     configure_logging(settings.log_level, settings.log_format)
     LOGS.add(server_secrets(settings))
     allow_descriptors()
+    if settings.secret_keys:
+        secret_keys(settings)  # one that is none is told now, and not when the first secret is stored
 
     async def run() -> None:
         stop = Stop()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from taskyard.cli import doctor
 from taskyard.objects.s3 import S3Store
@@ -52,6 +53,18 @@ def test_missing_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     node = next(iter(doctor._agents(settings(tmp_path))))
     assert (node.ok, node.fatal) == (False, False)
     assert "'node' was not found on PATH" in node.detail
+
+
+def test_an_outside_database(tmp_path: Path, database_url: str) -> None:
+    for url, ok, text in (
+        (database_url, True, "version 18"),
+        ("postgresql://u:s3cret-word@127.0.0.1:1/d", False, "Connection refused"),
+    ):
+        given = settings(tmp_path).model_copy(update={"database_url": SecretStr(url)})
+        problem = {problem.name: problem for problem in doctor._machine(given)}["PostgreSQL"]
+        assert (problem.ok, problem.fatal) == (ok, True)
+        assert text in problem.detail
+        assert "s3cret-word" not in problem.detail
 
 
 def test_a_data_folder_that_is_a_file(tmp_path: Path) -> None:

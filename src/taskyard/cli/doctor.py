@@ -103,7 +103,7 @@ def _machine(settings: Settings) -> Iterator[Problem]:
     )
     yield _disk(settings.data_dir)
     if settings.database_url is not None:
-        yield _problem("PostgreSQL", True, "an outside server, named by TASKYARD_DATABASE_URL")
+        yield _outside(settings.database_url.get_secret_value())
     else:
         yield _embedded()
 
@@ -126,6 +126,23 @@ def _disk(folder: Path) -> Problem:
         detail,
         f"Each run holds a copy of its repository; {LOW_FREE_MB // 1000} GB or more are advised.",
     )
+
+
+def _outside(url: str) -> Problem:
+    import psycopg
+
+    from taskyard.db.migrate import MINIMUM_VERSION
+
+    remedy = (
+        f"Start it, or mend TASKYARD_DATABASE_URL; PostgreSQL {MINIMUM_VERSION // 10_000} or newer is needed."
+    )
+    try:
+        with psycopg.connect(url, connect_timeout=10) as connection:
+            version = connection.info.server_version
+    except psycopg.Error as error:
+        return _problem("PostgreSQL", False, str(error).strip(), remedy, fatal=True)
+    detail = f"version {version // 10_000}, named by TASKYARD_DATABASE_URL"
+    return _problem("PostgreSQL", version >= MINIMUM_VERSION, detail, remedy, fatal=True)
 
 
 def _embedded() -> Problem:

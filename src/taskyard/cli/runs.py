@@ -23,8 +23,18 @@ FIRST_LOOK_S = 0.1
 QUEUE_LOOK_S = 3.0
 """How often a run that waits is looked at, in the end."""
 
-TaskId = Annotated[str, typer.Argument(metavar="TASK_ID")]
-RunId = Annotated[str | None, typer.Argument(metavar="[RUN_ID]", help="Default: the task's newest run.")]
+
+def _named(value: str | None) -> str | None:
+    """An empty variable of a script names no task, and not the newest run either."""
+    if value is not None and not value.strip():
+        raise typer.BadParameter("it is empty")
+    return value
+
+
+TaskId = Annotated[str, typer.Argument(metavar="TASK_ID", callback=_named)]
+RunId = Annotated[
+    str | None, typer.Argument(metavar="[RUN_ID]", help="Default: the task's newest run.", callback=_named)
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,7 +67,7 @@ def run(
         raise typer.BadParameter("--follow and --json exclude each other")
     if model and agent not in DEFAULT_MODELS:
         raise typer.BadParameter("--model needs --agent claude or --agent codex")
-    text = (sys.stdin.read() if prompt == "-" else prompt).strip()
+    text = (_standard_input() if prompt == "-" else prompt).strip()
     if not text:
         raise typer.BadParameter("the prompt is empty")
     from taskyard.cli.local import connect
@@ -78,6 +88,15 @@ def run(
     typer.echo(f"run     {started.id}")
     typer.echo(f"url     {url}")
     typer.echo(f"follow  taskyard follow {task.id}")
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise typer.BadParameter("there is no standard input to read the prompt from")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise typer.BadParameter("the standard input is not UTF-8 text") from None
 
 
 def follow(task_id: TaskId, run_id: RunId = None, data_dir: DataDir = None) -> None:

@@ -63,7 +63,13 @@ class Endpoint:
         api_key = api_key or os.environ.get("TASKYARD_API_KEY")
         if not api_key:
             raise ClientError(0, "setup", f"no API key for {url}: give one or set TASKYARD_API_KEY")
-        return cls(url.rstrip("/"), api_key.strip(), project)
+        api_key = api_key.strip()
+        if not api_key.isascii() or not api_key.isprintable():
+            # The HTTP library would show the key in its complaint.
+            raise ClientError(
+                0, "setup", "the API key has characters that no key has: copy it again, in one line"
+            )
+        return cls(url.rstrip("/"), api_key, project)
 
     def options(self) -> dict[str, Any]:
         """Arguments for an httpx client. A proxy of the environment is not for this machine's own server."""

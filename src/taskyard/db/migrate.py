@@ -13,7 +13,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.pool import NullPool
 
 from taskyard.errors import SetupError
@@ -56,8 +56,16 @@ def upgrade(url: str) -> None:
                 connection.rollback()
                 connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY})
                 connection.commit()
-    except OperationalError as error:
-        raise SetupError(f"cannot use the database: {str(error.orig).strip()}") from error
+    except (OperationalError, ProgrammingError, psycopg.errors.InsufficientPrivilege) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(cause, psycopg.errors.InsufficientPrivilege):
+            raise SetupError(
+                f"cannot make the tables: {str(cause).strip().splitlines()[0]}. The user of TASKYARD_DATABASE_URL "
+                "has to own the database (CREATE DATABASE … OWNER …), or have CREATE on its schema public."
+            ) from error
+        if isinstance(error, OperationalError):
+            raise SetupError(f"cannot use the database: {str(cause).strip()}") from error
+        raise
     finally:
         engine.dispose()
 

@@ -173,7 +173,12 @@ class AgentSettings(Area):
     @field_validator("command", mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError('has to be a JSON list, such as ["opencode", "acp"]') from None
 
 
 class TaskSettings(Area):
@@ -332,6 +337,34 @@ class Settings(BaseSettings):
     oauth: OAuthSettings = OAuthSettings()
     logs: LogSettings = LogSettings()
     worker: WorkerSettings = WorkerSettings()
+
+    @field_validator("base_url")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and (
+            urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname
+        ):
+            raise ValueError("has to be like https://taskyard.example.org")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _a_libpq_url(cls, value: SecretStr | None) -> SecretStr | None:
+        """What libpq says of a wrong one would show the password."""
+        if value is not None:
+            from psycopg import ProgrammingError
+            from psycopg.conninfo import conninfo_to_dict
+
+            try:
+                parts = conninfo_to_dict(value.get_secret_value())
+            except ProgrammingError:
+                parts = {"host": "@"}
+            if any("@" in str(parts.get(name, "")) for name in ("host", "port")):
+                raise ValueError(
+                    "has to be like postgresql://user:password@host:5432/database, "
+                    "with special characters of the password in percent encoding (@ is %40)"
+                )
+        return value
 
     @classmethod
     def settings_customise_sources(
