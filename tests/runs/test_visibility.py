@@ -52,3 +52,24 @@ async def test_of_team_wide_tasks(yard: Yard) -> None:
     entry = ok(await bob.post(run.path("artifacts/"), inline))["artifacts"][0]
     response = await bob.post(run.path("artifacts/download/"), {"storage_path": entry["storage_path"]})
     assert response.content == b"x"
+
+
+async def test_automations_of_others(yard: Yard) -> None:
+    """An automation shows what its task says, and starts its runs: who may not see the task sees none of it."""
+    body = {"name": "n", "prompt": "secret", "repository": "acme/demo", "cron_expression": "0 3 1 1 *"}
+    ada, bob = yard.api(), yard.api("bob")
+    made = ok(await ada.post("task_automations/", body), 201)
+    path = f"task_automations/{made['id']}/"
+    assert ok(await bob.get("task_automations/")) == {
+        "count": 0, "next": None, "previous": None, "results": [],
+    }  # fmt: skip
+    for method, where, sent in (
+        ("GET", path, None), ("PATCH", path, {"enabled": False}), ("PUT", path, body), ("DELETE", path, None),
+        ("POST", path + "run/", None),
+    ):  # fmt: skip
+        error(await bob.request(method, where, json=sent), 404, "not_found")
+    assert ok(await ada.get(path)) == made
+    assert ok(await ada.get("task_automations/"))["results"] == [made]
+    ok(await ada.post(path + "run/"))
+    assert (await ada.request("DELETE", path)).status_code == 204
+    assert ok(await ada.get("task_automations/"))["count"] == 0

@@ -22,7 +22,7 @@ class AutomationController(Controller):
     @get()
     async def list_automations(self, request: Req) -> Response[bytes]:
         limit, offset = limit_offset(request)
-        rows, count = await store.page(request.app.state.database, request.user.project.id, limit, offset)
+        rows, count = await store.page(request.app.state.database, request.user, limit, offset)
         results = [present.automation(row) for row in rows]
         return page(request, origin_of(request), results, count, limit, offset)
 

@@ -75,7 +75,7 @@ async def update(connection: Connection, caller: Caller, automation_id: UUID, bo
 
 async def find(source: Database | Connection, caller: Caller, automation_id: UUID) -> Row:
     """The automation, or NotFoundError."""
-    row = await store.get(source, caller.project.id, automation_id)
+    row = await store.get(source, caller, automation_id)
     if row is None:
         raise NotFoundError
     return row
@@ -83,7 +83,7 @@ async def find(source: Database | Connection, caller: Caller, automation_id: UUI
 
 async def delete(connection: Connection, caller: Caller, automation_id: UUID) -> None:
     """Remove the automation; its task and their runs stay."""
-    if not await store.delete(connection, caller.project.id, automation_id):
+    if not await store.delete(connection, caller, automation_id):
         raise NotFoundError
 
 
@@ -195,7 +195,7 @@ def _creator(row: Row) -> Caller:
 
 
 async def _lock(connection: Connection, caller: Caller, automation_id: UUID) -> Row:
-    row = await store.lock(connection, caller.project.id, automation_id)
+    row = await store.lock(connection, caller, automation_id)
     if row is None:
         raise NotFoundError
     return row

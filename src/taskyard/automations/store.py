@@ -9,10 +9,21 @@ from uuid import UUID
 
 from psycopg import sql
 
+from taskyard.accounts.caller import Caller
 from taskyard.db.engine import Connection, Database, Row, fetch_one
+from taskyard.tasks import filters
 
-READABLE: LiteralString = "a.project_id = %(project)s"
-"""The one place that scopes automations to a project."""
+OF_PROJECT: LiteralString = "a.project_id = %(project)s"
+
+
+def readable(caller: Caller) -> tuple[LiteralString, dict[str, Any]]:
+    """The one place that scopes automations `a` with their tasks `t`: to those of tasks that the caller may see.
+
+    That of a deleted task stays readable.
+    """
+    scope = {"project": caller.project.id, "viewer": caller.user_id}
+    return (OF_PROJECT if caller.sees_all else OF_PROJECT + filters.OWN), scope
+
 
 SELECT: LiteralString = """
 SELECT a.*, t.title, t.description, t.repository, t.github_integration_id, t.deleted_at AS task_deleted_at,
@@ -23,32 +34,35 @@ LEFT JOIN runs r ON r.id = a.last_run_id
 """
 
 
-async def get(source: Database | Connection, project_id: int, automation_id: UUID) -> Row | None:
+async def get(source: Database | Connection, caller: Caller, automation_id: UUID) -> Row | None:
     """An automation with what it shows of its task and its last run."""
-    query: LiteralString = SELECT + " WHERE a.id = %(id)s AND " + READABLE
-    return await fetch_one(source, query, project=project_id, id=automation_id)
+    where, scope = readable(caller)
+    query: LiteralString = SELECT + " WHERE a.id = %(id)s AND " + where
+    return await fetch_one(source, query, **scope, id=automation_id)
 
 
-async def lock(connection: Connection, project_id: int, automation_id: UUID) -> Row | None:
+async def lock(connection: Connection, caller: Caller, automation_id: UUID) -> Row | None:
     """The same, locked until the transaction ends. The automation is locked before its task, everywhere."""
-    query: LiteralString = SELECT + " WHERE a.id = %(id)s AND " + READABLE + " FOR UPDATE OF a"
-    params = {"project": project_id, "id": automation_id}
-    return await (await connection.execute(query, params)).fetchone()
+    where, scope = readable(caller)
+    query: LiteralString = SELECT + " WHERE a.id = %(id)s AND " + where + " FOR UPDATE OF a"
+    return await (await connection.execute(query, {**scope, "id": automation_id})).fetchone()
 
 
-async def page(database: Database, project_id: int, limit: int, offset: int) -> tuple[list[Row], int]:
+async def page(database: Database, caller: Caller, limit: int, offset: int) -> tuple[list[Row], int]:
     """One page of the list, by the task's title, and the whole count."""
+    where, scope = readable(caller)
     rows = await database.fetch(
         SELECT
         + " WHERE "
-        + READABLE
+        + where
         + " ORDER BY t.title, a.created_at DESC, a.id LIMIT %(limit)s OFFSET %(offset)s",
-        project=project_id,
+        **scope,
         limit=limit,
         offset=offset,
     )
     count = await database.fetch_one(
-        "SELECT count(*) AS n FROM task_automations a WHERE " + READABLE, project=project_id
+        "SELECT count(*) AS n FROM task_automations a JOIN tasks t ON t.id = a.task_id WHERE " + where,
+        **scope,
     )
     assert count is not None
     return rows, count["n"]
@@ -99,12 +113,14 @@ async def update(connection: Connection, automation_id: UUID, changes: Mapping[s
     await connection.execute(query, params)
 
 
-async def delete(connection: Connection, project_id: int, automation_id: UUID) -> bool:
+async def delete(connection: Connection, caller: Caller, automation_id: UUID) -> bool:
+    where, scope = readable(caller)
     query: LiteralString = (
-        "DELETE FROM task_automations a WHERE a.id = %(id)s AND " + READABLE + " RETURNING a.id"
+        "DELETE FROM task_automations a USING tasks t WHERE t.id = a.task_id AND a.id = %(id)s AND "
+        + where
+        + " RETURNING a.id"
     )
-    params = {"project": project_id, "id": automation_id}
-    return await (await connection.execute(query, params)).fetchone() is not None
+    return await (await connection.execute(query, {**scope, "id": automation_id})).fetchone() is not None
 
 
 async def newest_run(connection: Connection, task_id: UUID, automation_id: UUID) -> UUID:
