@@ -70,6 +70,10 @@ async def test_missing_and_deleted_tasks(yard: Yard) -> None:
         assert error(await api.post(path, {}), 404, "not_found")["detail"] == "Task not found"
         error(await api.post(path, {"model": "m"}), 400, "invalid_input", "runtime_adapter")
         error(await api.post(f"tasks/{task_id}/run/", {}), 404, "not_found")
+        for rest in ("run/", "runs/"):
+            error(
+                await api.post(f"tasks/{task_id}/{rest}", {"agent": "nobody"}), 400, "invalid_input", "agent"
+            )
     # Its agent may finish what it does.
     assert (await run.patch(status="completed"))["status"] == "completed"
     error(await api.post(run.path("resume_in_cloud/")), 404, "not_found")
