@@ -128,11 +128,15 @@ async def test_list_pages(yard: Yard) -> None:
     ("body", "code", "attr", "detail"),
     [
         ({"title": "x" * 256}, "max_length", "title", "Ensure this field has no more than 255 characters."),
+        ({"title": 10**300}, "max_length", "title", "Ensure this field has no more than 255 characters."),
         ({"title": None}, "null", "title", "This field may not be null."),
         ({"title": ["x"]}, "invalid_input", "title", "Not a valid string."),
         ({"origin_product": "nowhere"}, "invalid_choice", "origin_product", '"nowhere" is not a valid choice.'),
         ({"repository": "a/b/c"}, "invalid_input", "repository",
          "Repository must be in the format organization/repository"),
+        # In lower case that letter is two.
+        ({"repository": "İ" * 253 + "/x"}, "max_length", "repository",
+         "Ensure this field has no more than 255 characters."),
         ({"internal": "perhaps"}, "invalid_input", "internal", "Must be a valid boolean."),
         ({"github_integration": 7}, "does_not_exist", "github_integration",
          'Invalid pk "7" - object does not exist.'),
