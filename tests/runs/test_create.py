@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from typing import Any
 
@@ -84,6 +85,16 @@ async def test_other_keys(yard: Yard) -> None:
     error(await yard.api("eve", yard.other_project).post(f"tasks/{run.task_id}/runs/", {}), 404, "not_found")
     error(await yard.api("task:read").post(f"tasks/{run.task_id}/runs/", {}), 403, "permission_denied")
     error(await yard.api(None).post(f"tasks/{run.task_id}/runs/", {}), 401, "not_authenticated")
+
+
+async def test_many_at_once_are_each_answered_with_their_own_run(yard: Yard) -> None:
+    api = yard.api()
+    task = await api.create_task()
+    answers = await asyncio.gather(*(run_task(api, task, branch=f"b{n}") for n in range(20)))
+    # Whose row comes first into the table is not who comes first to the task.
+    assert [run["branch"] for run in answers] == [f"b{n}" for n in range(20)]
+    newest = ok(await api.get(f"tasks/{task['id']}/runs/?limit=1"))["results"][0]
+    assert ok(await api.get(f"tasks/{task['id']}/"))["latest_run"] == newest
 
 
 class TestResume:

@@ -75,7 +75,8 @@ async def run_task(
         row = await store.set_artifacts(connection, row["id"], entries)
     await lifecycle.created(connection, row)
     await enqueue_drive(connection, row["id"])
-    return await tasks.find(connection, caller, task_id)
+    # The newest run of the task may be somebody else's by now.
+    return {**await tasks.find(connection, caller, task_id), "run": row}
 
 
 async def create(
