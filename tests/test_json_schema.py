@@ -45,6 +45,7 @@ async def test_bombs_are_given_up(monkeypatch: pytest.MonkeyPatch, schema: Any, 
     [
         ({"type": "object", "required": ["n"]}, {"n": 1}, None),
         ({"type": "object", "required": ["n"]}, {}, "'n' is a required property"),
+        ({"$schema": "https://example.org/mine", "type": "string"}, 1, "1 is not of type 'string'"),
         ({"pattern": "^a$"}, "a", None),
         ({"pattern": "^a$"}, "b", "'b' does not match '^a$'"),
         (doubling(3), "x", "'x' is not of type 'integer'"),

@@ -170,7 +170,11 @@ def unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[by
 
 
 def heads_and_options(app: ASGIApp) -> ASGIApp:
-    """HEAD is GET without the body, and OPTIONS answers 200 on every path (tasks-api §1.1)."""
+    """HEAD is GET without the body, and OPTIONS answers 200 on every path (tasks-api §1.1).
+
+    The answer to HEAD is over with its headers: the body of a stream may go on for as long as a run. Whoever makes
+    one hears of it as of a client that has left.
+    """
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         method = scope.get("method")
@@ -181,9 +185,11 @@ def heads_and_options(app: ASGIApp) -> ASGIApp:
         async def edit(message: Message) -> None:
             if message["type"] == "http.response.start" and method == "OPTIONS" and message["status"] == 204:
                 message["status"] = 200
-            elif message["type"] == "http.response.body" and method == "HEAD":
-                message["body"] = b""
+            if method == "HEAD" and message["type"] == "http.response.body":
+                return
             await send(message)
+            if method == "HEAD" and message["type"] == "http.response.start":
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         if method == "HEAD":
             scope = cast("Scope", {**scope, "method": "GET"})

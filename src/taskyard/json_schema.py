@@ -77,12 +77,13 @@ async def value_problem(schema: Any, value: Any, *, placed: bool = False) -> str
 def schema_problem_now(schema: Any) -> str | None:
     """As `schema_problem`, for as long as it takes."""
     from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
+    from jsonschema.validators import Draft202012Validator, validator_for
 
     if not isinstance(schema.get("$schema", "") if isinstance(schema, dict) else "", str):
         return "$schema is not a text"
     try:
-        validator_for(schema).check_schema(schema)
+        # An unknown `$schema` counts as the newest draft, as jsonschema has it for now, with a warning.
+        validator_for(schema, Draft202012Validator).check_schema(schema)
     except SchemaError as error:
         return str(error.message)
     except RecursionError:
@@ -99,12 +100,12 @@ def value_problem_now(schema: Any, value: Any, placed: bool = False) -> str | No
     import re
 
     from jsonschema.exceptions import SchemaError, UnknownType, best_match
-    from jsonschema.validators import validator_for
+    from jsonschema.validators import Draft202012Validator, validator_for
     from jsonschema_specifications import REGISTRY
     from referencing.exceptions import Unresolvable
 
     try:
-        validator = validator_for(schema)(schema, registry=REGISTRY)
+        validator = validator_for(schema, Draft202012Validator)(schema, registry=REGISTRY)
         error = best_match(validator.iter_errors(value))
     except Unresolvable as broken:
         return f"json_schema refers to something that is not in it: {broken}"

@@ -63,6 +63,7 @@ Text = Annotated[str, BeforeValidator(_text)]
 Filled = Annotated[str, BeforeValidator(_not_blank), BeforeValidator(_text)]
 """A string that may not be blank."""
 Title = Annotated[Text, StringConstraints(max_length=255)]
+REPOSITORY_LENGTH = 255
 
 
 def repository_name(value: str | None) -> str | None:
@@ -72,7 +73,12 @@ def repository_name(value: str | None) -> str | None:
     parts = value.split("/")
     if len(parts) != 2 or not all(parts):
         raise PydanticCustomError("repository", "Repository must be in the format organization/repository")
-    return value.lower()
+    lower = value.lower()
+    if len(lower) > REPOSITORY_LENGTH:  # a few letters become two
+        raise PydanticCustomError(
+            "string_too_long", "too long in lower case", {"max_length": REPOSITORY_LENGTH}
+        )
+    return lower
 
 
 def parse(model: type[M], content_type: str, raw: bytes) -> M:
@@ -90,11 +96,17 @@ def parse(model: type[M], content_type: str, raw: bytes) -> M:
             value = DECODER.decode(raw.decode())
         except (ValueError, RecursionError) as error:
             raise InvalidInputError(f"JSON parse error - {error}", code="parse_error") from error
-        if not model.opaque and _UNSTORABLE.search(raw):
-            check_storable(value)
     if not isinstance(value, dict):
         name = type(value).__name__
         raise InvalidInputError(f"Invalid data. Expected a dictionary, but got {name}.")
+    if not model.opaque and _UNSTORABLE.search(raw):
+        known = {name: value[name] for name in model.model_fields if name in value}
+        try:
+            check_storable(known)
+        except (
+            RecursionError
+        ):  # Python 3.12 and later read what is nested deeper than their own functions reach
+            raise InvalidInputError("JSON parse error - nested too deeply", code="parse_error") from None
     return _validated(model, value)
 
 
@@ -175,8 +187,9 @@ def translate(error: ErrorDetails) -> InvalidInputError:
     elif kind in ("dict_type", "model_type", "model_attributes_type"):
         code, detail = "not_a_dict", f'Expected a dictionary of items but got type "{got}".'
     elif kind in _SIMPLE:
-        # A limit behind a validator of ours is reported in the general form, also for text.
-        code, detail = _SIMPLE["string_too_long" if kind == "too_long" and isinstance(value, str) else kind]
+        # A limit behind a validator of ours is reported in the general form, also for text and what counts as text.
+        text = kind == "too_long" and isinstance(value, (str, int, float))
+        code, detail = _SIMPLE["string_too_long" if text else kind]
         detail = detail.format(**error.get("ctx", {}))
     elif kind == "blank":
         code, detail = "blank", error["msg"]

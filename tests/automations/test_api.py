@@ -109,6 +109,7 @@ async def test_put_needs_the_required_fields(yard: Yard) -> None:
         ("repository", None, "null", "This field may not be null."),
         ("repository", "x", "invalid_input", "Repository must be in the format organization/repository"),
         ("repository", "a/b/c", "invalid_input", "Repository must be in the format organization/repository"),
+        ("repository", "İ" * 200 + "/x", "max_length", "Ensure this field has no more than 255 characters."),
         ("github_integration", 7, "does_not_exist", 'Invalid pk "7" - object does not exist.'),
         ("cron_expression", "* * * *", "invalid_input", FIVE),
         ("cron_expression", "@daily", "invalid_input", FIVE),

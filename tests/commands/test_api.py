@@ -76,6 +76,15 @@ async def test_unknown_artifacts(yard: Yard) -> None:
     assert await yard.database.fetch("SELECT 1 FROM commands") == []
 
 
+@pytest.mark.parametrize("ids", [5, [["x"]], ["0" * 32]])
+async def test_artifacts_are_for_messages_only(yard: Yard, ids: object) -> None:
+    """Beside other commands they mean nothing, as everything else that stands there."""
+    run = await yard.api().create_run(environment="cloud")
+    body = {"jsonrpc": "2.0", "method": "cancel", "params": {"artifact_ids": ids}}
+    response = await yard.api().post(run.path("command/"), body)
+    assert (response.status_code, response.json()) == (400, {"error": "No active sandbox for this task run"})
+
+
 async def test_a_message_carries_nothing_but_its_text_and_artifacts_of_the_run(yard: Yard) -> None:
     """What stands beside them is trusted by the driver: paths of objects, and what comes first."""
     run = await yard.api().start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from typing import Any
 
@@ -70,6 +71,10 @@ async def test_missing_and_deleted_tasks(yard: Yard) -> None:
         assert error(await api.post(path, {}), 404, "not_found")["detail"] == "Task not found"
         error(await api.post(path, {"model": "m"}), 400, "invalid_input", "runtime_adapter")
         error(await api.post(f"tasks/{task_id}/run/", {}), 404, "not_found")
+        for rest in ("run/", "runs/"):
+            error(
+                await api.post(f"tasks/{task_id}/{rest}", {"agent": "nobody"}), 400, "invalid_input", "agent"
+            )
     # Its agent may finish what it does.
     assert (await run.patch(status="completed"))["status"] == "completed"
     error(await api.post(run.path("resume_in_cloud/")), 404, "not_found")
@@ -80,6 +85,16 @@ async def test_other_keys(yard: Yard) -> None:
     error(await yard.api("eve", yard.other_project).post(f"tasks/{run.task_id}/runs/", {}), 404, "not_found")
     error(await yard.api("task:read").post(f"tasks/{run.task_id}/runs/", {}), 403, "permission_denied")
     error(await yard.api(None).post(f"tasks/{run.task_id}/runs/", {}), 401, "not_authenticated")
+
+
+async def test_many_at_once_are_each_answered_with_their_own_run(yard: Yard) -> None:
+    api = yard.api()
+    task = await api.create_task()
+    answers = await asyncio.gather(*(run_task(api, task, branch=f"b{n}") for n in range(20)))
+    # Whose row comes first into the table is not who comes first to the task.
+    assert [run["branch"] for run in answers] == [f"b{n}" for n in range(20)]
+    newest = ok(await api.get(f"tasks/{task['id']}/runs/?limit=1"))["results"][0]
+    assert ok(await api.get(f"tasks/{task['id']}/"))["latest_run"] == newest
 
 
 class TestResume:

@@ -290,3 +290,17 @@ async def test_other_keys(yard: Yard, method: str, rest: str, body: Json | None)
     error(await yard.api(None).request(method, run.path(rest), **options), 401, "not_authenticated")
     reading = (await yard.api("task:read").request(method, run.path(rest), **options)).status_code
     assert reading == (200 if rest in ("logs/", "session_logs/") else 403)
+
+
+async def test_head_of_a_stream_ends_at_once(yard: Yard) -> None:
+    """The run goes on, so its stream does: the connection is free for the next request all the same."""
+    run = await yard.api().create_run()
+    path, key = f"/api/projects/{yard.project}/{run.path()}", {"Authorization": f"Bearer {run.api.key}"}
+    one = httpx.Limits(max_connections=1)
+    async with httpx.AsyncClient(
+        base_url=yard.url, headers=key, limits=one, timeout=10, trust_env=False
+    ) as client:
+        for rest in ("stream/", "stream/?start=latest", "logs/", ""):
+            response = await client.head(path + rest)
+            assert (response.status_code, response.content) == (200, b"")
+        assert (await client.get(path)).json()["id"] == run.id

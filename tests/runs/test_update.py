@@ -225,6 +225,17 @@ class TestSetOutput:
             ("in_progress", {"n": 1}), ("completed", {"n": 1}),
         ]  # fmt: skip
 
+    @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+    async def test_a_run_that_has_ended_stays_as_it_ended(self, yard: Yard, status: str) -> None:
+        """The agent of a run that somebody cancels may still be about to give its answer."""
+        run = await yard.api().create_run(await yard.api().create_task(json_schema=SCHEMA))
+        before = await run.patch(status=status, error_message="said so")
+        await set_output(run, {"n": 1})
+        after = await run.fetch()
+        assert after["output"] == {"n": 1}
+        for name in ("status", "error_message", "completed_at"):
+            assert after[name] == before[name]
+
     @pytest.fixture
     def trap(self) -> Iterator[tuple[str, list[str]]]:
         """A server of a schema, and what was asked of it."""

@@ -128,11 +128,15 @@ async def test_list_pages(yard: Yard) -> None:
     ("body", "code", "attr", "detail"),
     [
         ({"title": "x" * 256}, "max_length", "title", "Ensure this field has no more than 255 characters."),
+        ({"title": 10**300}, "max_length", "title", "Ensure this field has no more than 255 characters."),
         ({"title": None}, "null", "title", "This field may not be null."),
         ({"title": ["x"]}, "invalid_input", "title", "Not a valid string."),
         ({"origin_product": "nowhere"}, "invalid_choice", "origin_product", '"nowhere" is not a valid choice.'),
         ({"repository": "a/b/c"}, "invalid_input", "repository",
          "Repository must be in the format organization/repository"),
+        # In lower case that letter is two.
+        ({"repository": "İ" * 253 + "/x"}, "max_length", "repository",
+         "Ensure this field has no more than 255 characters."),
         ({"internal": "perhaps"}, "invalid_input", "internal", "Must be a valid boolean."),
         ({"github_integration": 7}, "does_not_exist", "github_integration",
          'Invalid pk "7" - object does not exist.'),
@@ -157,12 +161,21 @@ async def test_schema_that_is_none_is_refused(yard: Yard) -> None:
     assert "'numbr' is not valid" in refused["detail"]
 
 
+async def test_unknown_fields_are_ignored_whatever_they_hold(yard: Yard) -> None:
+    sent = b'{"title": "t", "later": "a\\u0000b", "\\u0000": 1, "more": {"x": ["\\ud800"]}}'
+    headers = {"Content-Type": "application/json"}
+    task = ok(await yard.api().post("tasks/", content=sent, headers=headers), 201)
+    assert (task["title"], "later" in task) == ("t", False)
+
+
 async def test_bodies(yard: Yard) -> None:
     api = yard.api()
     json_type = {"Content-Type": "application/json"}
     error(await api.post("tasks/", content=b'{"a": ', headers=json_type), 400, "parse_error")
     error(await api.post("tasks/", content=b"[1]", headers=json_type), 400, "invalid_input")
     error(await api.post("tasks/", content=b"[" * 100_000, headers=json_type), 400, "parse_error")
+    deep = b'{"json_schema": ' + b"[" * 5000 + b'"\\ud83d\\ude00"' + b"]" * 5000 + b"}"
+    error(await api.post("tasks/", content=deep, headers=json_type), 400, "parse_error")
     error(
         await api.post("tasks/", content=b"a=1", headers={"Content-Type": "text/plain"}),
         415,

@@ -57,7 +57,7 @@ async def send(
     with hub.subscribe(f"{RUNS}{run_id}") as wake:
         async with database.transaction() as connection:
             row = await runs.locked(connection, caller, task_id, run_id)
-            if ids := params.pop("artifact_ids", None):
+            if command.method in MESSAGES and (ids := params.pop("artifact_ids")):
                 params["artifacts"] = _artifacts(row, ids)
             if row["started_at"] is None:
                 raise NoActiveSandboxError

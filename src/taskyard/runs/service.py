@@ -17,7 +17,16 @@ from taskyard.forge import store as forge
 from taskyard.jobs import enqueue_drive
 from taskyard.runs import lifecycle, resume, store
 from taskyard.runs.choices import Choices, check_runtime, chosen, inherit, state_of
-from taskyard.runs.schemas import PENDING_KEYS, Authorship, RunCreate, RunFields, RunStart, RunTask, RunUpdate
+from taskyard.runs.schemas import (
+    PENDING_KEYS,
+    TERMINAL,
+    Authorship,
+    RunCreate,
+    RunFields,
+    RunStart,
+    RunTask,
+    RunUpdate,
+)
 from taskyard.settings import Settings
 from taskyard.tasks import service as tasks
 from taskyard.tasks.present import as_object
@@ -43,8 +52,8 @@ async def run_task(
     `settings` a `github_user_token` is not kept.
     """
     check_runtime(body)
-    task = await tasks.find(connection, caller, task_id)
     _check_agent(body, agents)
+    task = await tasks.find(connection, caller, task_id)
     choices = chosen(body)
     new_state: dict[str, Any] = {}
     if body.resume_from_run_id is not None:
@@ -66,7 +75,8 @@ async def run_task(
         row = await store.set_artifacts(connection, row["id"], entries)
     await lifecycle.created(connection, row)
     await enqueue_drive(connection, row["id"])
-    return await tasks.find(connection, caller, task_id)
+    # The newest run of the task may be somebody else's by now.
+    return {**await tasks.find(connection, caller, task_id), "run": row}
 
 
 async def create(
@@ -79,11 +89,11 @@ async def create(
 ) -> Row:
     """Create a run that nothing starts: a client drives it, or starts it later (§5.2)."""
     check_runtime(body)
+    _check_agent(body, agents)
     try:
         task = await tasks.find(connection, caller, task_id)
     except NotFoundError:
         raise NotFoundError("Task not found") from None
-    _check_agent(body, agents)
     row = await _insert(
         connection, caller, task, body, chosen(body), {}, body.environment, settings, started=False
     )
@@ -213,11 +223,13 @@ async def set_output(
     """Replace the output (§5.5).
 
     When that completes the run, it is answered as it is before: it completes a moment later, as its worker gets
-    to it, or at once when none has it.
+    to it, or at once when none has it. One that has ended stays as it ended.
     """
-    await locked(connection, caller, task_id, run_id)
+    row = await locked(connection, caller, task_id, run_id)
     saved = await lifecycle.change(connection, run_id, output=output)
-    if completes and not await store.ask_to_complete(connection, run_id):
+    if not completes or row["status"] in TERMINAL:
+        return saved
+    if not await store.ask_to_complete(connection, run_id):
         await lifecycle.change(connection, run_id, status="completed")
     return saved
 
