@@ -12,6 +12,7 @@ from litestar import Litestar, MediaType, Request, Response, get
 from litestar.datastructures import State
 from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException
+from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from taskyard.accounts.routes import ROUTES as ACCOUNTS
@@ -140,7 +141,15 @@ def framework(request: Request[Any, Any, Any], error: HTTPException) -> Response
         return expected(request, MethodNotAllowedError(f'Method "{request.method}" not allowed.'))
     if error.status_code >= 500:
         return unexpected(request, error)
-    kind = {"type": "invalid_request", "code": "invalid_input", "detail": error.detail, "attr": None}
+    detail = error.detail
+    if error.status_code == 413:
+        handler = request.scope["route_handler"]
+        limit = handler.resolve_request_max_body_size() if isinstance(handler, HTTPRouteHandler) else None
+        size = f"{limit / 1_000_000:g} MB" if limit else "what is taken here"
+        detail = (
+            f"The request is larger than {size}. Send less at once; files go by artifacts/prepare_upload/."
+        )
+    kind = {"type": "invalid_request", "code": "invalid_input", "detail": detail, "attr": None}
     return answer(kind, error.status_code)
 
 

@@ -133,8 +133,21 @@ async def test_a_run_that_was_ended_and_revived_by_a_client_has_no_agent(yard: Y
     assert response.status_code == 400
 
 
+async def test_a_queued_run_has_no_agent_that_could_be_told_something(yard: Yard) -> None:
+    """A message is for its beginning; for everything else nobody is there, so nobody waits for an answer."""
+    run = await yard.api().start()
+    for method in ("cancel", "close"):
+        response = await yard.api().post(run.path("command/"), {"jsonrpc": "2.0", "method": method})
+        assert (response.status_code, response.json()) == (
+            400,
+            {"error": "No active sandbox for this task run"},
+        )
+    assert await yard.database.fetch("SELECT 1 FROM commands") == []
+
+
 async def test_the_end_of_the_run_ends_the_wait(yard: Yard) -> None:
     run = await yard.api().start()
+    await run.patch(status="in_progress")
     waiting = asyncio.ensure_future(
         yard.api().post(run.path("command/"), {"jsonrpc": "2.0", "method": "cancel"})
     )

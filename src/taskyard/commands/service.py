@@ -59,7 +59,8 @@ async def send(
             row = await runs.locked(connection, caller, task_id, run_id)
             if command.method in MESSAGES and (ids := params.pop("artifact_ids")):
                 params["artifacts"] = _artifacts(row, ids)
-            if row["started_at"] is None:
+            waits = row["status"] == "queued"  # no worker has had it yet: a message is for the beginning
+            if row["started_at"] is None or (waits and command.method not in MESSAGES):
                 raise NoActiveSandboxError
             method: str = command.method
             if method == Method.STEER:
