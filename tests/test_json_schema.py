@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -85,6 +86,11 @@ def nested(depth: int) -> Any:
 )
 async def test_schemas(schema: Any, good: bool) -> None:
     assert (await json_schema.schema_problem(schema) is None) == good
+
+
+async def test_a_number_that_cannot_be_kept() -> None:
+    """It would come back as null, which no output fits."""
+    assert await json_schema.schema_problem(json.loads('{"maximum": 1e999}')) == "a number in it is too large"
 
 
 async def test_over_http(yard: Yard) -> None:

@@ -56,11 +56,13 @@ TOO_DEEP = "the value or the schema is nested too deeply"
 async def schema_problem(schema: Any) -> str | None:
     """Why a value is not a JSON Schema; None when it is one."""
     try:
-        if len(json.dumps(schema)) <= SMALL:
+        if len(json.dumps(schema, allow_nan=False)) <= SMALL:
             return schema_problem_now(schema)
         return await _apart([schema])
     except RecursionError:
         return TOO_DEEP
+    except ValueError:  # such as 1e999, which was read as infinity, and cannot be kept
+        return "a number in it is too large"
 
 
 async def value_problem(schema: Any, value: Any, *, placed: bool = False) -> str | None:
