@@ -100,6 +100,8 @@ def test_the_beginning_of_a_secret_at_the_end() -> None:
     assert redactor.unfinished("nothing") == (0, False)
     assert Redactor().unfinished("s3cret") == (0, False)
     assert Redactor(["tiger"]).unfinished("ti") == (2, True)
+    assert Redactor(["tiger", "tigers-are-striped"]).unfinished("ti") == (2, True)
+    assert Redactor(["tiger", "tiger-stripes"]).unfinished("a tiger") == (5, False)
 
 
 def test_short_values_are_no_secrets() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -80,17 +81,20 @@ class Redactor:
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._known: Counter[str] = Counter()
         self._forms: list[str] = []
+        self._sorted: list[str] = []
         self.add(secrets)
 
     def add(self, secrets: Iterable[str]) -> None:
         """Know further secrets; the same one may be added several times."""
         self._known.update(_parts(secrets))
         self._forms = _all_forms(self._known)
+        self._sorted = sorted(self._forms)
 
     def remove(self, secrets: Iterable[str]) -> None:
         """Forget secrets that were added as often as they are removed."""
         self._known -= Counter(_parts(secrets))
         self._forms = _all_forms(self._known)
+        self._sorted = sorted(self._forms)
 
     def text(self, text: str) -> str:
         """A text, also one that is JSON, without the secrets; the same object when there are none in it."""
@@ -117,13 +121,17 @@ class Redactor:
 
         And whether they are so many that they must not be shown before it is known; a few tell nobody anything.
         """
-        longest, much = 0, False
-        for form in self._forms:
-            for size in range(min(len(form) - 1, len(text)), longest, -1):
-                if text.endswith(form[:size]):
-                    longest, much = size, size >= min(MANY, len(form) // 2)
-                    break
-        return longest, much
+        longest = max((len(form) for form in self._forms), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            end = text[-size:]
+            at = first = bisect_right(self._sorted, end)  # what begins so, and is longer, stands from here on
+            shortest = 0
+            while at < len(self._sorted) and self._sorted[at].startswith(end):
+                shortest = min(shortest or MANY, len(self._sorted[at]) // 2)
+                at += 1
+            if at > first:
+                return size, size >= shortest
+        return 0, False
 
 
 def _parts(secrets: Iterable[str]) -> list[str]:

@@ -294,6 +294,26 @@ async def test_old_hashes_are_replaced_at_sign_in(yard: Yard) -> None:
     assert await passwords.verify(user["password_hash"], PASSWORD)
 
 
+async def test_an_old_hash_at_two_sign_ins_at_once(monkeypatch: pytest.MonkeyPatch, yard: Yard) -> None:
+    """The one that comes second finds the new hash of the same password."""
+    old = PasswordHasher(time_cost=1, memory_cost=8 * 1024).hash(PASSWORD)
+    await yard.database.execute(
+        "UPDATE users SET password_hash = %(old)s WHERE email = %(email)s", old=old, email=ADA
+    )
+    real, both = passwords.hash_password, asyncio.Barrier(2)
+
+    async def hash_password(password: str) -> str:
+        await both.wait()
+        return await real(password)
+
+    monkeypatch.setattr(passwords, "hash_password", hash_password)
+    async with asyncio.timeout(20):
+        found = await asyncio.gather(
+            *(sign_in.sign_in(yard.database, ADA, PASSWORD, "192.0.2.1") for _ in range(2))
+        )
+    assert len(set(found)) == 2
+
+
 async def test_one_time_link(yard: Yard) -> None:
     link = (await admin.password_link(yard.database, ADA))["path"]
     async with open_browser(yard) as browser:

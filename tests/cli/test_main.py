@@ -107,6 +107,7 @@ def test_an_output_that_cannot_show_a_character(tmp_path: Path) -> None:
         ("TASKYARD_WORKER__CONCURENCY", "3", "TASKYARD_WORKER__CONCURENCY: there is no such setting"),
         ("TASKYARD_BASE_URL", "yard.example.org", "has to be like https://taskyard.example.org"),
         ("TASKYARD_CONFIG", "/nowhere/taskyard.toml", "there is no file /nowhere/taskyard.toml"),
+        ("TASKYARD_CONFIG", f"/{'x' * 300}", f"cannot read /{'x' * 300}: "),
         (
             "TASKYARD_DATABASE_URL",
             "mysql://u:s3cret-word@h/d",
@@ -121,6 +122,13 @@ def test_a_wrong_setting_says_what_is_right(tmp_path: Path, name: str, value: st
     (line,) = done.stderr.splitlines()
     assert said in line
     assert "s3cret-word" not in line
+
+
+def test_no_settings_file(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/taskyard.toml").write_text("log_level = \n")
+    done = taskyard("config", cwd=tmp_path, TASKYARD_CONFIG="/dev/null")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_slip_in_the_first_part_of_a_name_is_told(tmp_path: Path) -> None:

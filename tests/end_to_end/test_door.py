@@ -38,9 +38,9 @@ def python(code: str) -> str:
     return f'SHELL "$(readlink /proc/$PPID/exe)" -c {shlex.quote(f"exec({json.dumps(code)})")}'
 
 
-def ask_model(prompt: str = "[[text:hi]]", stream: bool = False) -> str:
+def ask_model(prompt: str = "[[text:hi]]", stream: bool = False, model: str = "claude-sonnet-4-5") -> str:
     """A directive that calls the model, as agents do."""
-    body = {"model": "claude-sonnet-4-5", "stream": stream, "messages": [{"role": "user", "content": prompt}]}
+    body = {"model": model, "stream": stream, "messages": [{"role": "user", "content": prompt}]}
     return python(
         "import http.client as h\nc = h.HTTPConnection('127.0.0.1', 3128)\n"
         f"c.request('POST', '/anthropic/v1/messages', {json.dumps(body)!r})\n"
@@ -211,6 +211,17 @@ async def test_allowed_models(live: Yard, endpoint: Endpoint) -> None:
     assert "may not use the model 'claude-sonnet-4-5'. Allowed: claude-haiku-*" in outputs(log)
     assert any("may not use the model" in text for text in warnings(log))
     assert not endpoint.requests
+
+
+@pytest.mark.parametrize(("model", "shown"), [("a\0b", "a\ufffdb"), ("a\ud800b", "a?b")])
+async def test_a_model_whose_name_cannot_be_stored(live: Yard, model: str, shown: str) -> None:
+    """Some upstreams take any name, and give it back."""
+    run = await live.api().start(f"{ask_model(model=model)}\nSAY done", **SCRIPTED)
+    body = await run.status("completed", "failed")
+    assert body["status"] == "completed", body["error_message"]
+    assert list(body["state"]["token_usage"]["models"]) == [shown]
+    rows = await live.database.fetch("SELECT model FROM model_calls")
+    assert [row["model"] for row in rows] == [shown]
 
 
 class TestNetwork:

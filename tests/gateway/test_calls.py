@@ -160,6 +160,26 @@ async def test_a_body_of_too_many_fields() -> None:
     assert "has more than 1000 fields" in said
 
 
+@pytest.mark.parametrize(
+    ("rest", "why"),
+    [
+        (b'"x":["model"' + b",[]" * 400_000 + b"]", "more than 1048576 bytes in fields that may name"),
+        (b'"tools":[' + b'{"type":"x","a":["model"' + b",[]" * 400_000 + b"]}]", "more than 1048576 bytes"),
+        (
+            b'"tools":[{"model":"claude-b"' + b"".join(b',"%d":1' % n for n in range(50)) + b"}]",
+            "more than 50",
+        ),
+    ],
+    ids=["field", "tool", "fields of a tool"],
+)
+async def test_a_search_for_models_has_a_limit(rest: bytes, why: str) -> None:
+    """It is done between the requests of other runs; 32 MB of small values would take seconds and a gigabyte."""
+    async with answering() as (url, seen), open_door(url, allowed_models=[["claude-*"]]) as door:
+        status, said = await message(door, b'{"model":"claude-a",' + rest + b"}")
+    assert (status, seen) == (400, [])
+    assert why in said
+
+
 MAIN = '"model":"claude-a"'
 
 

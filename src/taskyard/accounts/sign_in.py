@@ -39,6 +39,18 @@ async def sign_in(database: Database, email: str, password: str, address: str) -
         count, seconds = await sessions.count_attempt(database, subjects[name], window)
         if count > allowed:
             raise ThrottledError(seconds)
+    session = None
+    while session is None:
+        session = await _sign_in(database, email, password, subjects["pair"])
+    return session
+
+
+async def _sign_in(database: Database, email: str, password: str, pair: bytes) -> str | None:
+    """The same, without counting; None when the stored hash was replaced while it was looked at.
+
+    By another password, perhaps: who knows only the old one is not let in, and does not bring it back. Or by another
+    sign-in, which hashed the same one anew.
+    """
     async with database.connection() as connection:
         user = await store.user_by_email(connection, email)
     stored = None if user is None else user["password_hash"]
@@ -47,11 +59,10 @@ async def sign_in(database: Database, email: str, password: str, address: str) -
     fresh = await passwords.hash_password(password) if passwords.outdated(stored) else None
     async with database.transaction() as connection:
         if await store.lock_password(connection, user["id"]) != stored:
-            # Replaced meanwhile: who knows only the old one is not let in, and does not bring it back.
-            raise InvalidInputError("Invalid email or password.", code="invalid_credentials")
+            return None
         if fresh is not None:
             await store.set_password(connection, user["id"], fresh)
-        await sessions.forget_attempts(connection, subjects["pair"])
+        await sessions.forget_attempts(connection, pair)
         return await new_session(connection, user["id"])
 
 

@@ -40,9 +40,8 @@ def load_settings(data_dir: Path | None = None) -> Settings:
 
     from taskyard.settings import Settings, config_file
 
-    if os.environ.get("TASKYARD_CONFIG") and not config_file().is_file():
-        raise SetupError(f"TASKYARD_CONFIG: there is no file {config_file()}.")
     try:
+        _check_config(config_file())
         settings = Settings()
     except ValidationError as error:
         raise SetupError(f"wrong settings: {_problems(error)}") from error
@@ -54,6 +53,12 @@ def load_settings(data_dir: Path | None = None) -> Settings:
         raise SetupError(f"cannot read {_unreadable()}: {error}") from error
     _tell_unknown(settings)
     return settings
+
+
+def _check_config(path: Path) -> None:
+    """A file that is named has to be there; /dev/null is how one names none."""
+    if os.environ.get("TASKYARD_CONFIG") and path != Path(os.devnull) and not path.is_file():
+        raise SetupError(f"TASKYARD_CONFIG: there is no file {path}.")
 
 
 def variable(path: tuple[str, ...]) -> str:

@@ -170,8 +170,7 @@ class Meter:
         # Anthropic's first event wraps a `message`, OpenAI's events wrap a `response`.
         inner = document.get("message") or document.get("response")
         for holder in (document, inner) if isinstance(inner, dict) else (document,):
-            if isinstance(model := holder.get("model"), str) and model:
-                self.model = model
+            self.model = _name(holder.get("model")) or self.model
             if isinstance(usage := holder.get("usage"), dict):
                 self._usage(usage)
                 # Anthropic's first event tells an output of a token or so; every other number is a total.
@@ -213,8 +212,8 @@ class Meter:
         for part in parts:
             if not isinstance(part, dict):
                 continue
-            tokens, name = _anthropic(part, Tokens()), part.get("model")
-            if not isinstance(name, str) or not name:
+            tokens, name = _anthropic(part, Tokens()), _name(part.get("model"))
+            if name is None:
                 name = UNKNOWN_MODEL if part.get("type") == "advisor_message" else self.model
             if name is None or name == self.model:
                 own += tokens
@@ -239,6 +238,13 @@ def _anthropic(usage: dict[str, Any], before: Tokens) -> Tokens:
         write,
         long,
     )
+
+
+def _name(value: Any) -> str | None:
+    """A model's name as the database takes it: an upstream may give back whatever an agent called it."""
+    if not isinstance(value, str) or not value:
+        return None
+    return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
 def _count(value: Any, otherwise: int) -> int:
