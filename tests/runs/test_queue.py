@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from uuid import UUID
 
@@ -222,6 +222,12 @@ class TestLimits:
         limits = Limits(agents={"scripted": 1})
         assert await all_taken(yard, limits=limits) == [runs[0].id, runs[2].id]
 
+    async def test_are_kept_when_a_client_names_another_agent_meanwhile(self, yard: Yard) -> None:
+        runs = [await start(yard, agent=agent) for agent in ("scripted", "claude", "claude")]
+        await runs[1].patch(state={"agent": "scripted"})
+        limits = Limits(agents={"scripted": 1})
+        assert await all_taken(yard, limits=limits) == [runs[0].id, runs[2].id]
+
     async def test_are_never_passed_by_many_workers_at_once(self, yard: Yard) -> None:
         runs = [(await start(yard)).id for _ in range(24)]
         limits, full, most = Limits(per_project=3), asyncio.Event(), 0
@@ -308,6 +314,15 @@ class TestPools:
         assert await taken(yard, lacks) is None
         assert await taken(yard, worker("has")) == run.id
 
+    async def test_an_agent_that_only_workers_of_another_pool_have(self, yard: Yard) -> None:
+        """A worker that shares a pool with them, but not the run's, does not leave the run to them."""
+        both = worker("both", pools=("default", "gpu"), agents=["claude"])
+        await workers.beat(yard.database, both)
+        await workers.beat(yard.database, worker("has", pools=("gpu",)))
+        run = await start(yard, agent="scripted")
+        assert await taken(yard, worker("has", pools=("gpu",))) is None
+        assert await taken(yard, both) == run.id
+
     async def test_an_agent_that_nobody_has_fails_with_a_word(self, yard: Yard) -> None:
         run = await start(yard, agent="scripted")
         await workers.beat(yard.database, worker("lacks", agents=["claude"]))
@@ -355,6 +370,28 @@ class TestShown:
         assert await taken(yard, one, limits) == running.id
         found = await queue.waiting(yard.database, UUID(waits.id), limits)
         assert found == {"position": 1, "reason": reason}
+
+    async def test_only_workers_that_have_the_agent_count(self, yard: Yard) -> None:
+        lacks, has = worker("lacks", agents=["claude"]), worker("has", capacity=1)
+        for one in (lacks, has):
+            await workers.beat(yard.database, one)
+        running, waits = await start(yard, agent="scripted"), await start(yard, agent="scripted")
+        assert (await shown(running))["reason"] == "a worker is about to take it"
+        assert await taken(yard, has) == running.id
+        assert await taken(yard, lacks) is None
+        reason = "all workers of the pool 'default' that have the agent 'scripted' are busy"
+        assert await shown(waits) == {"position": 1, "reason": reason}
+
+    async def test_a_worker_with_a_full_disk_has_no_room(self, yard: Yard) -> None:
+        full, small = worker("full", capacity=0), worker("small", capacity=1)
+        await workers.beat(yard.database, full)
+        run, waits = await start(yard), await start(yard)
+        assert (await shown(run))["reason"] == "all workers of the pool 'default' have a full disk"
+        await workers.beat(yard.database, small)
+        assert await taken(yard, small) == run.id
+        assert (await shown(waits))["reason"] == "all workers of the pool 'default' are busy"
+        await workers.beat(yard.database, replace(full, capacity=1))
+        assert (await shown(waits))["reason"] == "a worker is about to take it"
 
     async def test_it_is_never_stored(self, yard: Yard) -> None:
         run = await start(yard)
