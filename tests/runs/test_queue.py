@@ -440,6 +440,19 @@ class TestSafetyNet:
         assert {name: row[name] for name in claims} == claims
         assert await all_taken(yard) == [first.id, second.id]
 
+    async def test_taken_and_claimed_too_late(self, yard: Yard) -> None:
+        """A worker that was frozen in between: its slot is another run's by now, and the run waits again."""
+        run, limits = await start(yard), Limits(total=1)
+        assert await taken(yard, worker("frozen"), limits) == run.id
+        await expire(yard.database)
+        assert await store.claim(yard.database, UUID(run.id), "other", taken=True) is None
+        assert await self.restored(yard) == [run.id]
+        urgent = await start(yard, priority=9)
+        assert await taken(yard, worker("other"), limits) == urgent.id
+        assert await store.claim(yard.database, UUID(run.id), "frozen", taken=True) is None
+        assert await store.claim(yard.database, UUID(urgent.id), "other", taken=True) is not None
+        assert await taken(yard, worker("frozen"), limits) is None
+
     async def test_lost_in_the_middle(self, yard: Yard) -> None:
         run = await start(yard)
         await taken(yard)
