@@ -115,7 +115,9 @@ class Dispatcher:
     async def _sweep(self) -> None:
         """What has to be done from time to time, whoever does it."""
         self._worker = replace(self._worker, agents=await asyncio.to_thread(self._agents))
-        await workers.beat(self._database, self._worker)
+        space = await self._has_space()
+        said = self._worker if space else replace(self._worker, capacity=0)
+        await workers.beat(self._database, said)
         found = await queue.lost(self._database)
         for run_id in await queue.restore(self._database, found & self._lost):
             log.warning("a run was lost, and waits for another driver", run=str(run_id))

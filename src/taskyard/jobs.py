@@ -24,6 +24,8 @@ QUEUE = "runs"
 SILENT_S = 600
 """A worker of the job engine without a heartbeat for this long is dead; it beats every ten seconds."""
 
+AGENT: LiteralString = "coalesce(nullif(r.state ->> 'agent', ''), r.state ->> 'runtime_adapter', '')"
+"""Of a run `r`; '' stands for the default."""
 ENQUEUE: LiteralString = (
     """
     WITH queued AS (
@@ -31,7 +33,9 @@ ENQUEUE: LiteralString = (
         SELECT r.id, r.project_id,
             CASE WHEN r.state ->> 'sandbox_environment_id' ~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
                 THEN (r.state ->> 'sandbox_environment_id')::uuid ELSE '00000000-0000-0000-0000-000000000000' END,
-            coalesce(nullif(r.state ->> 'agent', ''), r.state ->> 'runtime_adapter', ''),
+            """
+    + AGENT
+    + """,
             CASE WHEN r.state ->> 'priority' ~ '^-?[0-9]{1,4}$' THEN (r.state ->> 'priority')::int ELSE 0 END,
             r.status = 'in_progress',
             -- A new run keeps its place whatever becomes of its first worker.
@@ -58,6 +62,12 @@ async def enqueue_drive(connection: Connection, run_id: UUID) -> None:
     cleans up after it, the next one waits for that.
     """
     await connection.execute(ENQUEUE, {"run": run_id})
+
+
+async def update_waiting(connection: Connection, run_id: UUID) -> None:
+    """A waiting run counts for the agent that its state names now. After its cursor was locked: see ENQUEUE."""
+    query: LiteralString = "UPDATE run_queue q SET agent = " + AGENT + " FROM runs r WHERE r.id = q.run_id"
+    await connection.execute(query + " AND q.run_id = %(run)s AND q.agent <> " + AGENT, {"run": run_id})
 
 
 def engine(url: str | None = None) -> procrastinate.App:

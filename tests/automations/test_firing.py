@@ -102,18 +102,39 @@ async def test_catching_up(yard: Yard) -> None:
     # Five minutes late is in time, and what was missed in between is not made up for.
     assert await service.fire_due(yard.database, AGENTS, due + timedelta(minutes=5)) == 1
     assert await automation.due() == due + timedelta(minutes=6)
-    late = due + timedelta(minutes=11, seconds=1)
+    # After a long outage the newest of those that were missed is still in time.
+    assert await service.fire_due(yard.database, AGENTS, due + timedelta(minutes=31, seconds=1)) == 1
+    assert await automation.due() == due + timedelta(minutes=32)
+    assert (await automation.shown())["last_error"] is None
+    assert len(await automation.runs()) == 2
+
+
+async def test_too_late(yard: Yard) -> None:
+    automation = await make(yard)
+    missed = await automation.due()
+    late = missed + timedelta(hours=2, minutes=5, seconds=1)
     assert await service.fire_due(yard.database, AGENTS, late) == 0
-    assert await automation.due() == due + timedelta(minutes=12)
+    assert await automation.due() == missed + timedelta(hours=3)
     shown = await automation.shown()
-    missed = due + timedelta(minutes=6)
     assert shown["last_error"] == (
         f"The run of {missed:%Y-%m-%d %H:%M} UTC was skipped: no worker was running then."
     )
     assert shown["enabled"] is True
     assert await automation.fire() == 1
     assert (await automation.shown())["last_error"] is None
-    assert len(await automation.runs()) == 2
+    assert len(await automation.runs()) == 1
+
+
+async def test_the_same_schedule_again_leaves_a_due_firing(yard: Yard) -> None:
+    """Whoever saves a form at this moment sends all of it."""
+    automation = await make(yard)
+    await yard.database.execute("UPDATE task_automations SET next_run_at = clock_timestamp()")
+    due = await automation.due()
+    same = {"cron_expression": "0 * * * *", "timezone": "UTC", "enabled": True}
+    await automation.change(name="Another", **same)
+    assert await automation.due() == due
+    await automation.change(**same | {"timezone": "Asia/Kathmandu"})
+    assert await automation.due() > due
 
 
 async def test_disabled_and_deleted_ones_do_not_fire(yard: Yard) -> None:
@@ -166,6 +187,21 @@ async def test_what_breaks_a_row_of_failures(yard: Yard, status: str, paused: in
         await automation.fire()
         await automation.end_last(end)
     assert await service.pause_failing(yard.database) == paused
+
+
+@pytest.mark.parametrize("newest", ["queued", "cancelled"])
+async def test_paused_although_the_newest_run_did_not_fail(yard: Yard, newest: str) -> None:
+    """A schedule that is quicker than its runs always has one under way."""
+    automation = await make(yard)
+    for n in range(5):
+        await automation.fire()
+        await automation.end_last("failed", f"Broken {n}")
+    await automation.fire()
+    if newest != "queued":
+        await automation.end_last(newest)
+    assert await service.pause_failing(yard.database) == 1
+    shown = await automation.shown()
+    assert shown["last_error"] == "Paused after 5 failed runs in a row. The last one: Broken 4"
 
 
 async def test_only_its_own_runs_count(yard: Yard) -> None:

@@ -10,7 +10,7 @@ from taskyard import dispatch
 from taskyard.agents.adapters import adapters
 from taskyard.db.engine import Database
 from taskyard.runs import workers
-from taskyard.settings import Settings
+from taskyard.settings import Settings, WorkerSettings
 from taskyard.worker import running_worker
 from tests.support.yard import eventually
 
@@ -31,3 +31,15 @@ async def test_agents_that_are_installed_or_removed_later_count(
         await eventually(agents, lambda found: "codex" in found, lambda found: f"codex in {found}")
         program.unlink()
         await eventually(agents, lambda found: found == ["scripted"], lambda found: f"end of codex: {found}")
+
+
+async def test_one_with_a_full_disk_says_that_it_has_no_room(settings: Settings, database: Database) -> None:
+    full = settings.model_copy(update={"worker": WorkerSettings(min_free_mb=10**9)})
+
+    async def capacities() -> list[int]:
+        return [worker["capacity"] for worker in await workers.listed(database)]
+
+    async with running_worker(full, database):
+        await eventually(
+            capacities, lambda found: found == [0], lambda found: f"worker without room, {found}"
+        )

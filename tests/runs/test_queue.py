@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from uuid import UUID
 
@@ -222,6 +222,12 @@ class TestLimits:
         limits = Limits(agents={"scripted": 1})
         assert await all_taken(yard, limits=limits) == [runs[0].id, runs[2].id]
 
+    async def test_are_kept_when_a_client_names_another_agent_meanwhile(self, yard: Yard) -> None:
+        runs = [await start(yard, agent=agent) for agent in ("scripted", "claude", "claude")]
+        await runs[1].patch(state={"agent": "scripted"})
+        limits = Limits(agents={"scripted": 1})
+        assert await all_taken(yard, limits=limits) == [runs[0].id, runs[2].id]
+
     async def test_are_never_passed_by_many_workers_at_once(self, yard: Yard) -> None:
         runs = [(await start(yard)).id for _ in range(24)]
         limits, full, most = Limits(per_project=3), asyncio.Event(), 0
@@ -308,6 +314,15 @@ class TestPools:
         assert await taken(yard, lacks) is None
         assert await taken(yard, worker("has")) == run.id
 
+    async def test_an_agent_that_only_workers_of_another_pool_have(self, yard: Yard) -> None:
+        """A worker that shares a pool with them, but not the run's, does not leave the run to them."""
+        both = worker("both", pools=("default", "gpu"), agents=["claude"])
+        await workers.beat(yard.database, both)
+        await workers.beat(yard.database, worker("has", pools=("gpu",)))
+        run = await start(yard, agent="scripted")
+        assert await taken(yard, worker("has", pools=("gpu",))) is None
+        assert await taken(yard, both) == run.id
+
     async def test_an_agent_that_nobody_has_fails_with_a_word(self, yard: Yard) -> None:
         run = await start(yard, agent="scripted")
         await workers.beat(yard.database, worker("lacks", agents=["claude"]))
@@ -356,6 +371,28 @@ class TestShown:
         found = await queue.waiting(yard.database, UUID(waits.id), limits)
         assert found == {"position": 1, "reason": reason}
 
+    async def test_only_workers_that_have_the_agent_count(self, yard: Yard) -> None:
+        lacks, has = worker("lacks", agents=["claude"]), worker("has", capacity=1)
+        for one in (lacks, has):
+            await workers.beat(yard.database, one)
+        running, waits = await start(yard, agent="scripted"), await start(yard, agent="scripted")
+        assert (await shown(running))["reason"] == "a worker is about to take it"
+        assert await taken(yard, has) == running.id
+        assert await taken(yard, lacks) is None
+        reason = "all workers of the pool 'default' that have the agent 'scripted' are busy"
+        assert await shown(waits) == {"position": 1, "reason": reason}
+
+    async def test_a_worker_with_a_full_disk_has_no_room(self, yard: Yard) -> None:
+        full, small = worker("full", capacity=0), worker("small", capacity=1)
+        await workers.beat(yard.database, full)
+        run, waits = await start(yard), await start(yard)
+        assert (await shown(run))["reason"] == "all workers of the pool 'default' have a full disk"
+        await workers.beat(yard.database, small)
+        assert await taken(yard, small) == run.id
+        assert (await shown(waits))["reason"] == "all workers of the pool 'default' are busy"
+        await workers.beat(yard.database, replace(full, capacity=1))
+        assert (await shown(waits))["reason"] == "a worker is about to take it"
+
     async def test_it_is_never_stored(self, yard: Yard) -> None:
         run = await start(yard)
         state = (await run.fetch())["state"]
@@ -402,6 +439,19 @@ class TestSafetyNet:
         assert row is not None
         assert {name: row[name] for name in claims} == claims
         assert await all_taken(yard) == [first.id, second.id]
+
+    async def test_taken_and_claimed_too_late(self, yard: Yard) -> None:
+        """A worker that was frozen in between: its slot is another run's by now, and the run waits again."""
+        run, limits = await start(yard), Limits(total=1)
+        assert await taken(yard, worker("frozen"), limits) == run.id
+        await expire(yard.database)
+        assert await store.claim(yard.database, UUID(run.id), "other", taken=True) is None
+        assert await self.restored(yard) == [run.id]
+        urgent = await start(yard, priority=9)
+        assert await taken(yard, worker("other"), limits) == urgent.id
+        assert await store.claim(yard.database, UUID(run.id), "frozen", taken=True) is None
+        assert await store.claim(yard.database, UUID(urgent.id), "other", taken=True) is not None
+        assert await taken(yard, worker("frozen"), limits) is None
 
     async def test_lost_in_the_middle(self, yard: Yard) -> None:
         run = await start(yard)

@@ -64,7 +64,8 @@ async def update(connection: Connection, caller: Caller, automation_id: UUID, bo
         await tasks.check(change)
         await tasks.update(connection, caller, row["task_id"], change)
     changes = {name: value for name, value in sent.items() if name not in OF_TASK}
-    if SCHEDULE & changes.keys():
+    # What is sent as it was leaves alone a firing that is due at this moment.
+    if any(changes[name] != row[name] for name in SCHEDULE & changes.keys()):
         now = await store.now(connection)
         changes["next_run_at"] = _upcoming({**row, **changes}, now)
         if changes.get("enabled") and not row["enabled"]:
@@ -135,15 +136,17 @@ async def _fire(connection: Connection, row: Row, agents: frozenset[str], now: d
         return False
     try:
         upcoming = _upcoming(row, now)
+        in_time = due if now - due <= CATCH_UP else _upcoming(row, now - CATCH_UP)
     except (CroniterError, ValueError, LookupError) as error:
         # It was valid when it was written: another release of the time zones, say.
         await _pause(connection, row, f"Paused: the schedule cannot be read any more: {error}")
         return False
     changes: dict[str, Any] = {"next_run_at": upcoming}
-    if now - due > CATCH_UP:
+    if in_time is None or in_time > now:
         changes["error"] = f"The run of {due:%Y-%m-%d %H:%M} UTC was skipped: no worker was running then."
         await store.update(connection, row["id"], changes)
         return False
+    due = in_time  # those that were missed before it are made up for by nothing
     problem = None
     try:
         async with connection.transaction():

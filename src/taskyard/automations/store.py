@@ -179,13 +179,14 @@ async def lock_failing(connection: Connection, in_a_row: int) -> Row | None:
     return await (
         await connection.execute(
             """
-            SELECT a.*, last.error_message AS run_error
+            SELECT a.*, newest.error_message AS run_error
             FROM task_automations a
-            JOIN runs last ON last.id = a.last_run_id AND last.status = 'failed'
             CROSS JOIN LATERAL (
-                SELECT count(*) AS runs, bool_and(ended.status = 'failed') AS failed
+                SELECT count(*) AS runs, bool_and(ended.status = 'failed') AS failed,
+                    (array_agg(ended.error_message ORDER BY ended.created_at DESC, ended.id DESC))[1]
+                        AS error_message
                 FROM (
-                    SELECT r.status FROM runs r
+                    SELECT r.id, r.created_at, r.status, r.error_message FROM runs r
                     WHERE r.task_id = a.task_id AND r.state->>'automation_id' = a.id::text
                         AND r.status IN ('completed', 'failed') AND r.created_at >= a.enabled_at
                     ORDER BY r.created_at DESC, r.id DESC LIMIT %(count)s

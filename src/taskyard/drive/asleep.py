@@ -19,9 +19,10 @@ log = structlog.get_logger()
 
 async def end_sleepers(parts: Parts) -> None:
     """End the sleeping runs whose time is over (run-lifecycle §1.4). Several workers may do this at once."""
-    for run_id in await resume.due(parts.database, parts.settings.runs.inactivity_s):
+    limits = parts.settings.runs
+    for run_id in await resume.due(parts.database, limits.inactivity_s, limits.wall_clock_s):
         async with parts.database.transaction() as connection:
-            await _end(connection, run_id, parts.settings.runs.wall_clock_s)
+            await _end(connection, run_id, limits.wall_clock_s)
 
 
 async def _end(connection: Connection, run_id: UUID, wall_clock_s: float) -> None:

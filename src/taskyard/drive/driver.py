@@ -45,7 +45,7 @@ STOP_S = 20.0
 
 async def drive(parts: Parts, run_id: UUID) -> bool:
     """Drive a run until it ends, or sleeps, or the worker stops. False when another worker holds it."""
-    claimed = await runs.claim(parts.database, run_id, parts.worker, parts.place)
+    claimed = await runs.claim(parts.database, run_id, parts.worker, parts.place, taken=True)
     if claimed is None:
         return False
     with parts.hub.subscribe(f"{RUNS}{run_id}") as wake, parts.drain.heard_by(wake):

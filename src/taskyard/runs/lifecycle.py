@@ -16,7 +16,7 @@ from taskyard.db.engine import Connection, Row
 from taskyard.errors import NotFoundError
 from taskyard.events import entries
 from taskyard.events import store as events
-from taskyard.jobs import enqueue_drive
+from taskyard.jobs import enqueue_drive, update_waiting
 from taskyard.runs import store
 from taskyard.runs.schemas import TERMINAL
 from taskyard.runs.store import Lease
@@ -94,6 +94,8 @@ async def change(
     saved = await store.save(connection, new, start=start)
     event = entries.raw(present.state_event(saved), entries.Shown.STREAM)
     await events.append(connection, run_id, [event], generation=lease.generation if lease else None)
+    if lease is None and saved["state"] != row["state"]:
+        await update_waiting(connection, run_id)
     if lease is None and (saved["status"], saved["started_at"]) != (row["status"], row["started_at"]):
         await store.notify(connection, run_id)
         if saved["started_at"] is None and await store.sleeps_with_mail(connection, run_id):

@@ -74,7 +74,9 @@ PICK: LiteralString = (
             AND coalesce(a.driven < coalesce((%(agents)s::jsonb ->> k.who)::int, %(per_agent)s::int), true)
             -- An agent that is not installed here is left to those who have it; without any it is to fail with a word.
             AND (k.who = ANY(%(installed)s) OR NOT EXISTS (
-                SELECT FROM workers w WHERE w.pools && %(pools)s AND k.who = ANY(w.agents) AND"""
+                SELECT FROM workers w WHERE k.who = ANY(w.agents) AND """
+    + POOL
+    + " = ANY(w.pools) AND"
     + LIVE
     + """))
     ), turns AS MATERIALIZED (
@@ -302,9 +304,13 @@ async def waiting(database: Database, run_id: UUID, limits: Limits) -> dict[str,
                 coalesce(c.reserved_by, c.worker) AS worker
             FROM run_cursors c JOIN runs r ON r.id = c.run_id WHERE c.leased_until IS NOT NULL
         ), crew AS MATERIALIZED (
-            SELECT w.name, w.capacity FROM workers w, mine m WHERE m.pool = ANY(w.pools) AND"""
+            SELECT w.name, w.capacity, m.who = ANY(w.agents) AS able FROM workers w, mine m
+            WHERE m.pool = ANY(w.pools) AND"""
         + LIVE
         + """
+        ), takers AS MATERIALIZED (  -- without anybody who has its agent, whoever takes it fails it
+            SELECT name, capacity, (SELECT count(*) FROM held WHERE held.worker = crew.name) AS driven
+            FROM crew WHERE able OR NOT EXISTS (SELECT FROM crew WHERE able)
         )
         SELECT m.cleaning, m.pool, m.who,
             (SELECT count(*) FROM run_queue q JOIN runs r ON r.id = q.run_id
@@ -318,8 +324,10 @@ async def waiting(database: Database, run_id: UUID, limits: Limits) -> dict[str,
             (SELECT count(*) FROM held) AS held,
             (SELECT count(*) FROM held WHERE held.project_id = m.project_id) AS of_project,
             (SELECT count(*) FROM held WHERE held.agent = m.who) AS of_agent,
-            (SELECT coalesce(sum(capacity), 0) FROM crew) AS capacity,
-            (SELECT count(*) FROM held JOIN crew ON crew.name = held.worker) AS busy
+            (SELECT coalesce(sum(capacity), 0) FROM takers) AS capacity,
+            (SELECT count(*) FROM takers) AS takers,
+            (SELECT count(*) FROM takers WHERE driven < capacity) AS free,
+            (SELECT count(*) FROM takers) < (SELECT count(*) FROM crew) AS lacking
         FROM mine m
         """,
         run=run_id,
@@ -333,7 +341,7 @@ def _reason(row: Mapping[str, Any], limits: Limits) -> str:
     of_agent = limits.of_agent(row["who"])
     if row["cleaning"]:
         return "its last worker is still cleaning up"
-    if row["capacity"] == 0:
+    if row["takers"] == 0:
         return f"no worker of the pool '{row['pool']}' is running"
     if limits.total is not None and row["held"] >= limits.total:
         return f"limit of {_runs(limits.total)} on this server"
@@ -341,8 +349,10 @@ def _reason(row: Mapping[str, Any], limits: Limits) -> str:
         return f"project limit of {_runs(limits.per_project)}"
     if of_agent is not None and row["of_agent"] >= of_agent:
         return f"limit of {_runs(of_agent)} of the agent '{row['who']}'"
-    if row["busy"] >= row["capacity"]:
-        return f"all workers of the pool '{row['pool']}' are busy"
+    if row["free"] == 0:
+        having = f" that have the agent '{row['who']}'" if row["lacking"] else ""
+        why = "are busy" if row["capacity"] else "have a full disk"
+        return f"all workers of the pool '{row['pool']}'{having} {why}"
     return "a worker is about to take it"
 
 

@@ -202,14 +202,17 @@ async def wake(connection: Connection, run_id: UUID, *, message: bool) -> bool:
     return row is not None
 
 
-async def due(database: Database, inactivity_s: float) -> list[UUID]:
-    """Sleeping runs whose time is over. A sign of life from outside moves it (run-lifecycle §1.1)."""
+async def due(database: Database, inactivity_s: float, wall_clock_s: float) -> list[UUID]:
+    """Sleeping runs whose time is over. A sign of life from outside moves it (run-lifecycle §1.1), but not beyond
+    the wall clock."""
     rows = await database.fetch(
         "SELECT c.run_id FROM run_cursors c JOIN runs r ON r.id = c.run_id"
         " WHERE c.suspended_at IS NOT NULL AND c.due_at < clock_timestamp() AND r.started_at IS NOT NULL"
-        " AND (c.heartbeat_at IS NULL OR c.heartbeat_at + make_interval(secs => %(inactivity)s) < clock_timestamp())"
+        " AND (c.heartbeat_at IS NULL OR c.heartbeat_at + make_interval(secs => %(inactivity)s) < clock_timestamp()"
+        " OR c.driven_since + make_interval(secs => %(wall_clock)s) < clock_timestamp())"
         " LIMIT 1000",
         inactivity=inactivity_s,
+        wall_clock=wall_clock_s,
     )
     return [row["run_id"] for row in rows]
 

@@ -279,10 +279,13 @@ class Claimed:
     """The number of the newest entry of its record."""
 
 
-async def claim(database: Database, run_id: UUID, worker: str, place: str | None = None) -> Claimed | None:
+async def claim(
+    database: Database, run_id: UUID, worker: str, place: str | None = None, *, taken: bool = False
+) -> Claimed | None:
     """Take a run that nobody holds, or that the queue holds for this worker; None while somebody else does.
 
-    `place` names the worker's data folder.
+    `place` names the worker's data folder. With `taken` only one that the queue still holds for this worker: a
+    worker that came too late had a slot that may be somebody else's by now.
 
     A worker that gave the run back in order is not there any more; one that is was lost with it.
     """
@@ -294,8 +297,8 @@ async def claim(database: Database, run_id: UUID, worker: str, place: str | None
         " resumes = c.resumes + (c.worker IS NOT NULL)::int"
         # The lock is on both: what was there before is read after whoever held it.
         " FROM (SELECT run_id, place FROM run_cursors WHERE run_id = %(run)s FOR UPDATE) before"
-        " WHERE c.run_id = before.run_id AND (c.leased_until IS NULL OR c.leased_until < clock_timestamp()"
-        " OR c.reserved_by = %(worker)s)"
+        " WHERE c.run_id = before.run_id AND (c.reserved_by = %(worker)s"
+        " OR (NOT %(taken)s AND (c.leased_until IS NULL OR c.leased_until < clock_timestamp())))"
         " RETURNING c.generation, c.generation - c.started_generation AS attempt, before.place, c.resumes, c.turn,"
         " c.last_seq,"
         " extract(epoch FROM clock_timestamp() - c.driven_since)::float AS driven_s,"
@@ -304,6 +307,7 @@ async def claim(database: Database, run_id: UUID, worker: str, place: str | None
         run=run_id,
         worker=worker,
         place=place,
+        taken=taken,
         lease=LEASE_S,
     )
     if row is None:

@@ -27,7 +27,7 @@ class Worker:
     """Of this process alone: runs are held under it."""
     pools: list[str]
     capacity: int
-    """Runs that it drives at once."""
+    """Runs that it drives at once. It says 0 while its disk is full: it takes nothing then."""
     sandboxes: list[str]
     """Kinds of sandboxes that it makes."""
     agents: list[str]
@@ -46,7 +46,7 @@ async def beat(database: Database, worker: Worker, *, stopping: bool = False) ->
         INSERT INTO workers (name, pools, sandboxes, agents, capacity, version, stopping)
         VALUES (%(name)s, %(pools)s, %(sandboxes)s, %(agents)s, %(capacity)s, %(version)s, %(stopping)s)
         ON CONFLICT (name) DO UPDATE SET seen_at = clock_timestamp(), stopping = excluded.stopping,
-            agents = excluded.agents
+            agents = excluded.agents, capacity = excluded.capacity
         """,
         **asdict(worker),
         stopping=stopping,
