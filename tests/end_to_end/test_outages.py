@@ -138,12 +138,12 @@ async def test_a_worker_that_is_cut_off_stops_its_agent(
 async def test_a_driver_that_failed_before_its_run_began(live: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     claim, claims = runs.claim, 0
 
-    async def once_failing(*arguments: Any) -> Any:
+    async def once_failing(*arguments: Any, **options: Any) -> Any:
         nonlocal claims
         claims += 1
         if claims == 1:
             raise LOST
-        return await claim(*arguments)
+        return await claim(*arguments, **options)
 
     monkeypatch.setattr(runs, "claim", once_failing)
     await run_to_end(await live.api().start("SAY x", **SCRIPTED))
