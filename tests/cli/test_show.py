@@ -263,3 +263,26 @@ def test_the_end_of_a_run(fields: dict[str, Any], text: str) -> None:
     screen = Screen()
     screen.renderer.finish(ended(**fields))
     assert screen.text == text
+
+
+@pytest.mark.parametrize("odd", [True, 3, 1.5, "x", {"a": 1}, None, [1, None, "x"]])
+def test_lists_that_are_none_are_passed_over(odd: Any) -> None:
+    """Anybody who may append to a log chooses the shapes of its entries."""
+    screen = Screen()
+    screen.show(
+        update("plan", entries=odd),
+        entry("_posthog/permission_request", requestId="1", options=odd),
+        {"type": "permission_request", "requestId": "2", "options": odd},
+        said("Still here."),
+    )
+    screen.show(entry("_posthog/turn_complete", stopReason="end_turn"))
+    assert screen.text.count("The agent asks for permission") == 2
+    assert "Still here." in screen.text
+
+
+def test_a_step_whose_times_are_written_differently() -> None:
+    screen = Screen()
+    begun = entry("_posthog/progress", step="s", status="in_progress", label="Clone")
+    done = entry("_posthog/progress", step="s", status="completed", label="Clone")
+    screen.show(begun | {"timestamp": "2026-01-01T00:00:00"}, done | {"timestamp": "2026-01-01T00:00:05Z"})
+    assert "Clone  5.0 s" in screen.text

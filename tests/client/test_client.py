@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 import pytest
 
 from taskyard.client import AsyncTaskyard, ClientError, Taskyard, UnreachableError
@@ -140,8 +141,25 @@ def test_user_message_and_command(server: StandIn, yard: Any) -> None:
     assert caught.value.code == "-32000"
 
 
+@pytest.mark.parametrize("method", ["get_run", "user_message"])
+def test_a_connection_is_never_waited_for_as_long_as_an_answer(method: str) -> None:
+    limits: list[dict[str, float]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        limits.append(request.extensions["timeout"])
+        raise httpx.ConnectTimeout("")
+
+    with (
+        Taskyard("http://127.0.0.1:1", "key", transport=httpx.MockTransport(answer)) as yard,
+        pytest.raises(UnreachableError, match="no connection within the time limit"),
+    ):
+        getattr(yard, method)(TASK, RUN)
+    assert [limit["connect"] for limit in limits] == [10.0]
+
+
 def test_logs_skip_what_is_no_entry(server: StandIn, yard: Any) -> None:
-    text = '{"type": "a", "x": "\u2028"}\nnot json\n\n[1]\n{"type": "b"}'
+    deep = '{"type": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    text = '{"type": "a", "x": "\u2028"}\nnot json\n\n[1]\n' + deep + '\n{"type": "b"}'
     server.answers["GET", f"{RUN_PATH}logs/"] = lambda _: (200, text.encode())
     events = list(yard.logs(TASK, RUN))
     assert [(event.type, event.id) for event in events] == [("a", None), ("b", None)]

@@ -186,6 +186,28 @@ def test_gives_up_after_too_many_failures(server: StandIn, collect: Collect) -> 
     assert heard == [("refused with 503", delay) for delay in (0.002, 0.004, 0.008)]
 
 
+def test_waits_as_long_as_a_busy_server_says(
+    server: StandIn, collect: Collect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "MAX_RETRY_AFTER_S", 0.05)
+    server.connections = [
+        Connection(status=429, retry_after=said) for said in ("7", "0", "soon", "\u00b2", "-1")
+    ]
+    server.events = a_run(3)
+    delays: list[float] = []
+    assert received(collect(server, on_retry=lambda _, delay: delays.append(delay))) == server.events
+    assert delays == [0.05, 0.004, 0.008, 0.016, 0.032]
+
+
+def test_a_stream_that_always_closes_within_its_first_event_is_given_up(
+    server: StandIn, collect: Collect
+) -> None:
+    server.events = a_run(3)
+    server.connections = [Connection(upto=30)] * 5
+    with pytest.raises(StreamLostError, match="4 times in a row, last: the connection was cut"):
+        collect(server, max_failures=3)
+
+
 def test_an_event_forgives_earlier_failures(server: StandIn, collect: Collect) -> None:
     server.events = a_run(4)
     one = len(f"id: {server.events[0][0]}\ndata: {server.events[0][1]}\n\n")

@@ -41,7 +41,7 @@ class Connection:
 
     `upto`: bytes of the events to send before the end, None for all; `end`: in good order, or cut;
     `piece`: size of the pieces; `gate`: waited for after the first piece; `status` other than 200: a
-    refusal; `before` and `after`: bytes put around the events.
+    refusal, with `retry_after` as its header; `before` and `after`: bytes put around the events.
     """
 
     upto: int | None = None
@@ -49,6 +49,7 @@ class Connection:
     piece: int = 4096
     gate: threading.Event | None = None
     status: int = 200
+    retry_after: str = ""
     before: bytes = b""
     after: bytes = b""
     content_type: str = "text/event-stream"
@@ -132,17 +133,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PATCH = _serve  # noqa: N815 - the base class looks for these names
 
-    def _answer(self, status: int, value: Any) -> None:
+    def _answer(self, status: int, value: Any, retry_after: str = "") -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        if retry_after:
+            self.send_header("retry-after", retry_after)
         self.end_headers()
         self.wfile.write(data)
 
     def _stream(self, how: Connection, last: str | None) -> None:
         if how.status != 200:
-            self._answer(how.status, {"detail": f"refused with {how.status}"})
+            self._answer(how.status, {"detail": f"refused with {how.status}"}, how.retry_after)
             return
         ids = [event_id for event_id, _ in self.stand_in.events]
         rest = self.stand_in.events[ids.index(last) + 1 if last else 0 :]

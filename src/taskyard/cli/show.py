@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -193,7 +193,7 @@ class Renderer:
             "notice",
             Text(f"? The agent asks for permission: {crop(str(title or 'a tool call'), 200)}", "yellow"),
         )
-        for option in request.get("options") or ():
+        for option in _list(request.get("options")):
             if isinstance(option, dict):
                 choice, name = option.get("optionId"), option.get("name")
                 self._print("notice", Text(f"  {clean(str(choice))}: {clean(str(name))}", "yellow"))
@@ -259,7 +259,7 @@ class Renderer:
     def _show_plan(self, update: Json) -> None:
         entries = {
             str(entry.get("content")): str(entry.get("status"))
-            for entry in update.get("entries") or ()
+            for entry in _list(update.get("entries"))
             if isinstance(entry, dict)
         }
         changed = {text: status for text, status in entries.items() if self._plan.get(text) != status}
@@ -309,8 +309,14 @@ def _content_text(update: Json) -> str:
     )
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _moment(text: Any) -> datetime | None:
+    """A time, in UTC unless it says otherwise."""
     try:
-        return datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(text)
     except (TypeError, ValueError):
         return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -153,7 +153,7 @@ class AsyncTaskyard:
     async def _call(self, call: Call[T]) -> T:
         try:
             response = await self._http.request(
-                call.method, call.path, json=call.body, params=dict(call.query), timeout=call.timeout_s
+                call.method, call.path, json=call.body, params=dict(call.query), timeout=call.timeout
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(self.endpoint.url, error) from error

@@ -151,7 +151,7 @@ class Taskyard:
     def _call(self, call: Call[T]) -> T:
         try:
             response = self._http.request(
-                call.method, call.path, json=call.body, params=dict(call.query), timeout=call.timeout_s
+                call.method, call.path, json=call.body, params=dict(call.query), timeout=call.timeout
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(self.endpoint.url, error) from error

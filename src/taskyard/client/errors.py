@@ -9,13 +9,17 @@ import httpx
 
 
 class ClientError(Exception):
-    """A request failed: `status` of the HTTP answer (0 when there was none), `code` and `detail` (tasks-api §1.4)."""
+    """A request failed: `status` of the HTTP answer (0 when there was none), `code` and `detail` (tasks-api §1.4).
 
-    def __init__(self, status: int, code: str, detail: str) -> None:
+    `retry_after_s`: seconds after which the server wants to be asked again; 0 when it did not say.
+    """
+
+    def __init__(self, status: int, code: str, detail: str, retry_after_s: float = 0.0) -> None:
         super().__init__(detail)
         self.status = status
         self.code = code
         self.detail = detail
+        self.retry_after_s = retry_after_s
 
 
 class UnreachableError(ClientError):
@@ -68,14 +72,20 @@ def refused(response: httpx.Response) -> ClientError:
     detail = _text(body.get("detail")) or _text(body.get("error"))
     if not detail:
         phrase = f"{status} {response.reason_phrase}".strip()
-        return ClientError(status, "error", f"the server answered {phrase} without an explanation")
+        detail = f"the server answered {phrase} without an explanation"
+        return ClientError(status, "error", detail, _retry_after_s(response))
     if status == httpx.codes.NOT_FOUND:
         detail = f"{detail.rstrip('.')}: {response.request.url.path}"
     if attr := _text(body.get("attr")):
         detail = f"{attr}: {detail}"
     if isinstance(missing := body.get("missing_artifact_ids"), list):
         detail = f"{detail}: {', '.join(map(str, missing))}"
-    return ClientError(status, _text(body.get("code")) or "error", detail)
+    return ClientError(status, _text(body.get("code")) or "error", detail, _retry_after_s(response))
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    value = response.headers.get("retry-after", "")
+    return float(value) if value.isascii() and value.isdecimal() else 0.0
 
 
 def _object(content: bytes) -> dict[str, Any]:

@@ -19,6 +19,8 @@ FINAL = frozenset({401, 403, 404, 406})
 """Answers after which trying again is of no use."""
 FIRST_DELAY_S = 0.2
 MAX_DELAY_S = 30.0
+MAX_RETRY_AFTER_S = 3600.0
+"""The longest wait that a server may ask for."""
 MAX_FAILURES = 30
 """Failed tries in a row after which a stream is given up: about ten minutes."""
 TIMEOUT = httpx.Timeout(30.0, connect=10.0, read=65.0)
@@ -90,8 +92,13 @@ class Following:
             yield event
 
     def ended(self) -> float:
-        """Seconds to wait after the server closed the connection: none when it had something to say."""
+        """Seconds to wait after the server closed the connection: none when it had something to say.
+
+        RemoteProtocolError, for `failed`, when it had nothing but the beginning of an event.
+        """
         self._clean = not self._parser.partial
+        if not self._clean and not self._progress:
+            raise httpx.RemoteProtocolError("closed within an event")
         return 0.0 if self._progress or self._run_over else self._next_delay()
 
     def failed(self, error: Exception) -> float:
@@ -107,6 +114,8 @@ class Following:
                 f"the stream broke {self._failures} times in a row, last: {text}"
             ) from error
         delay = self._next_delay()
+        if isinstance(error, ClientError):
+            delay = max(delay, min(error.retry_after_s, MAX_RETRY_AFTER_S))
         if self._on_retry is not None:
             self._on_retry(text, delay)
         return delay

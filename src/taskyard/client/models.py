@@ -134,7 +134,7 @@ def event(text: str, event_id: str | None = None) -> Event | None:
     """An event from its JSON text; None for text that is no JSON object (readers skip such lines)."""
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for JSON nested too deeply to read
         return None
     return Event(data=data, raw=text, id=event_id) if isinstance(data, dict) else None
 

@@ -20,6 +20,7 @@ T = TypeVar("T")
 PAGE = 100
 """The largest page that a server gives (tasks-api §1.5)."""
 ANSWER_S = 30.0
+CONNECT_S = 10.0
 TURN_S = 660.0
 """A server may answer `user_message` only when the turn is over, within 600 s (tasks-api §6.6)."""
 
@@ -34,6 +35,11 @@ class Call(Generic[T]):
     body: Json | None = None
     query: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = ANSWER_S
+
+    @property
+    def timeout(self) -> httpx.Timeout:
+        """However long an answer may take, a server that is there accepts a connection soon."""
+        return httpx.Timeout(self.timeout_s, connect=CONNECT_S)
 
     def decode(self, response: httpx.Response) -> T:
         """The answer; ClientError when it is not 2xx or not what was expected. Its body has been read."""
@@ -79,7 +85,7 @@ class Endpoint:
                 "Authorization": f"Bearer {self.api_key}",
                 "User-Agent": f"taskyard-client/{__version__}",
             },
-            "timeout": httpx.Timeout(ANSWER_S, connect=10.0),
+            "timeout": httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             "trust_env": not is_local(self.url),
         }
 
