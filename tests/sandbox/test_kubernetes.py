@@ -35,6 +35,7 @@ from taskyard.sandbox.provider import (
 from taskyard.sandbox.selftest import selftest
 from taskyard.settings import Settings
 from taskyard.settings.sandboxes import KubernetesSettings, SandboxSettings
+from tests.support.door import eventually
 from tests.support.kube_api import NAMESPACE, Pod
 from tests.support.kube_hut import KubeHut, kube_settings, open_kube_hut
 from tests.support.sandboxes import LIMITS, first_line, gone, processes_with, run, shell
@@ -261,7 +262,12 @@ echo on; exec sleep {nap}
         try:
             assert (await shell(sandbox, "echo fine")).output == "fine\n"
         except LostError:
-            assert hut.api.pods == {}
+            # Removed, which takes a moment, or ended because its main process was killed, too.
+            pods = hut.api.pods
+            await eventually(
+                lambda: all(pod.object["status"]["phase"] == "Failed" for pod in pods.values()),
+                "end of the pod",
+            )
 
     async def test_nobody_writes_in_the_name_of_what_ends_commands(self, sandbox: Sandbox) -> None:
         """The main process and the ends of commands are shut to others of their user."""
