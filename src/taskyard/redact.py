@@ -87,12 +87,14 @@ class Redactor:
     def add(self, secrets: Iterable[str]) -> None:
         """Know further secrets; the same one may be added several times."""
         self._known.update(_parts(secrets))
-        self._forms = _all_forms(self._known)
-        self._sorted = sorted(self._forms)
+        self._know()
 
     def remove(self, secrets: Iterable[str]) -> None:
         """Forget secrets that were added as often as they are removed."""
         self._known -= Counter(_parts(secrets))
+        self._know()
+
+    def _know(self) -> None:
         self._forms = _all_forms(self._known)
         self._sorted = sorted(self._forms)
 
